@@ -1,0 +1,48 @@
+"""weightpatch: find which parameters of a fine-tuned model carry what it can do.
+
+The public names are imported on first use, so that `weightpatch --help` needs no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from weightpatch.anchor import Anchor as Anchor
+    from weightpatch.anchor import fit_anchor as fit_anchor
+    from weightpatch.component import Component as Component
+    from weightpatch.errors import WeightpatchError as WeightpatchError
+    from weightpatch.localization import Effects as Effects
+    from weightpatch.localization import localize as localize
+    from weightpatch.pair import ModelPair as ModelPair
+    from weightpatch.patch import patched as patched
+    from weightpatch.prompts import ContrastPrompts as ContrastPrompts
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Anchor": "anchor",
+    "Component": "component",
+    "ContrastPrompts": "prompts",
+    "Effects": "localization",
+    "ModelPair": "pair",
+    "WeightpatchError": "errors",
+    "fit_anchor": "anchor",
+    "localize": "localization",
+    "patched": "patch",
+}
+
+__all__ = [*_HOME]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'weightpatch' has no attribute {name!r}")
+    value = getattr(import_module(f"weightpatch.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

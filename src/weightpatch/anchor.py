@@ -1,0 +1,376 @@
+"""The anchor: a direction in the residual stream that shows whether the control state of a behaviour has formed."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from weightpatch.errors import AnchorError
+from weightpatch.pair import ModelPair
+from weightpatch.prompts import ContrastPrompts, TokenizedPrompts
+from weightpatch.residuals import BATCH_TOKENS, read_residuals
+from weightpatch.statistics import Floats, area_under_curve, mean_interval
+
+Readout = Literal["projection", "cosine", "contrast"]
+Estimator = Literal["mean-difference", "principal-component"]
+
+SPLIT_HALF_COSINE = 0.8
+AUC = 0.9
+SEARCH = (0.2, 0.9)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gate:
+    """A test that an anchor has to pass.
+
+    Attributes:
+        name: `split-half-cosine`, `auc` or `gap`.
+        value: What was measured.
+        threshold: What was needed.
+        passed: Whether it was reached.
+        meaning: One sentence for the report.
+    """
+
+    name: str
+    value: float
+    threshold: float
+    passed: bool
+    meaning: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Levels:
+    """Mean readouts over the prompts that the anchor was fitted on, in the readout's unit.
+
+    `with`: prompts that carry their instruction; `without`: the same queries alone.
+    """
+
+    base_with: float
+    base_without: float
+    specialized_with: float
+    specialized_without: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnchorReport:
+    """How a fitted anchor was made and how good it is.
+
+    Attributes:
+        estimator: `mean-difference` or `principal-component`.
+        gates: Every test with its outcome; one that failed makes the anchor unstable.
+        levels: Reference levels of the readout.
+        gap: Mean specialized minus base readout on prompts with their instruction, held-out half.
+        gap_low: Lower end of its 95 % interval.
+        gap_high: Upper end.
+        search: Layer -> mean(gap) / std(gap) on the held-out half, what the layer was chosen by.
+        n_prompts: Prompts used.
+    """
+
+    estimator: str
+    gates: tuple[Gate, ...]
+    levels: Levels
+    gap: float
+    gap_low: float
+    gap_high: float
+    search: Mapping[int, float]
+    n_prompts: int
+
+    @property
+    def stable(self) -> bool:
+        """Whether every gate was passed."""
+        return all(gate.passed for gate in self.gates)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Anchor:
+    """A direction at one layer and some positions; projected on, it gives the readout.
+
+    Attributes:
+        layer: The residual stream that enters this layer is read, 0 to `n_layers`.
+        direction: Shape `(feature,)`; scaled to norm 1.
+        positions: Readout positions in a prompt; negative ones count from its end.
+        readout: `projection` on the direction; `cosine` with it; `contrast`: projection with the instruction minus
+            projection without it, which cancels drift that has nothing to do with the instruction.
+        report: How it was fitted; None for an anchor made by hand.
+
+    Raises:
+        AnchorError: a direction that is not one finite, non-zero vector, a negative layer, no positions.
+    """
+
+    layer: int
+    direction: Tensor
+    positions: Sequence[int] = (-1,)
+    readout: Readout = "projection"
+    report: AnchorReport | None = None
+
+    def __post_init__(self) -> None:
+        direction = torch.as_tensor(self.direction).detach().cpu().to(torch.float64)
+        if direction.ndim != 1:
+            raise AnchorError(f"the direction has shape {list(direction.shape)}; give one vector, (feature,).")
+        norm = float(direction.norm())
+        if not math.isfinite(norm) or norm == 0:
+            raise AnchorError(f"the direction has norm {norm}; give a finite vector that is not 0.")
+        if self.layer < 0 or not self.positions:
+            raise AnchorError("an anchor needs a layer from 0 on and at least one readout position.")
+        if self.readout not in get_args(Readout):
+            raise AnchorError(f"unknown readout {self.readout!r}. Choose one of {', '.join(get_args(Readout))}.")
+        object.__setattr__(self, "direction", direction / norm)
+        object.__setattr__(self, "positions", tuple(int(position) for position in self.positions))
+
+    def read(self, residual: Tensor) -> Tensor:
+        """The readout of residuals at the readout positions, averaged over these.
+
+        Args:
+            residual: Shape `(..., position, feature)`.
+
+        Returns:
+            Shape `(...)`, float64, on the CPU.
+        """
+        residual = residual.detach().cpu().to(torch.float64)
+        projection = residual @ self.direction
+        if self.readout == "cosine":
+            projection = projection / residual.norm(dim=-1)
+        return projection.mean(dim=-1)
+
+    def check(self, pair: ModelPair) -> None:
+        """Raise unless the anchor fits the pair.
+
+        Raises:
+            AnchorError: its layer or width is not the model's.
+        """
+        architecture = pair.architecture
+        if self.layer > architecture.n_layers:
+            raise AnchorError(
+                f"the anchor is at layer {self.layer}; this model has residual streams 0 to {architecture.n_layers}."
+            )
+        if len(self.direction) != architecture.n_features:
+            raise AnchorError(
+                f"the direction has {len(self.direction)} features, the residual stream {architecture.n_features}. "
+                "Was it fitted on another model?"
+            )
+
+    def save(self, path: str | Path) -> None:
+        """Write it as safetensors, what is known about it in the metadata."""
+        about = {"layer": self.layer, "positions": self.positions, "readout": self.readout}
+        report = asdict(self.report) if self.report else None
+        metadata = {"format": "weightpatch.anchor/1", "about": json.dumps({**about, "report": report}, sort_keys=True)}
+        save_file({"direction": self.direction.contiguous()}, str(path), metadata=metadata)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Anchor:
+        """Read what `save` wrote.
+
+        Raises:
+            AnchorError: no such file, or not an anchor.
+        """
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                about = json.loads((file.metadata() or {})["about"])
+                direction = file.get_tensor("direction")
+            report = about.pop("report")
+            return cls(direction=direction, report=_read_report(report) if report else None, **about)
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise AnchorError(f"cannot read an anchor from {path}: {error}. Fit it again.") from error
+
+
+def _read_report(record: dict[str, object]) -> AnchorReport:
+    fields = json.loads(json.dumps(record))
+    fields["gates"] = tuple(Gate(**gate) for gate in fields["gates"])
+    fields["levels"] = Levels(**fields["levels"])
+    fields["search"] = {int(layer): value for layer, value in fields["search"].items()}
+    return AnchorReport(**fields)
+
+
+def fit_anchor(
+    pair: ModelPair,
+    prompts: ContrastPrompts,
+    *,
+    layer: int | None = None,
+    positions: Sequence[int] = (-1,),
+    estimator: Estimator = "mean-difference",
+    readout: Readout = "projection",
+    search: tuple[float, float] = SEARCH,
+    batch_tokens: int = BATCH_TOKENS,
+) -> Anchor:
+    """Fit the direction in which the specialized model moves when the instruction is added, at the best layer.
+
+    The queries are dealt to two halves. On one a direction is fitted at every layer; the other chooses the layer by
+    mean(gap) / std(gap) and gives the gates' values, so that neither is measured on what was fitted. The direction
+    that is returned is then fitted on all prompts.
+
+    Args:
+        pair: The two models.
+        prompts: All of them are used; at least four queries.
+        layer: Fix the layer instead of searching it.
+        positions: Readout positions; negative ones count from the end of each prompt. Their residuals are averaged.
+        estimator: Mean of the differences, or their first principal component (pointing the same way).
+        readout: What the anchor's readout will be.
+        search: Part of the depth that is searched.
+        batch_tokens: Most tokens of one forward pass.
+
+    Returns:
+        The anchor with its report. Whether it is stable is for the caller to look at: `anchor.report.stable`.
+
+    Raises:
+        AnchorError: too few queries, or no difference to fit.
+
+    Source:
+        Method section 1. Difference in means at the last prompt token is the consensus; thresholds are our choice.
+    """
+    tokenized = prompts.tokenize(pair.tokenizer)
+    n_layers = pair.architecture.n_layers
+    layers = _candidates(n_layers, search) if layer is None else [layer]
+    if min(layers) < 0 or max(layers) > n_layers:
+        raise AnchorError(f"layer {layer} is outside this model's residual streams 0 to {n_layers}.")
+    first, second = _halves(prompts)
+    streams = _Streams.read(pair, tokenized, layers=layers, positions=positions, batch_tokens=batch_tokens)
+    trials = [
+        Anchor(layer=at, direction=streams.direction(place, first, estimator), positions=positions, readout=readout)
+        for place, at in enumerate(layers)
+    ]
+    gaps = [streams.gap(trial, place)[second] for place, trial in enumerate(trials)]
+    strength = [float(gap.mean() / gap.std(ddof=1)) if gap.std(ddof=1) > 0 else 0.0 for gap in gaps]
+    best = int(np.argmax(strength))
+    everything = np.arange(len(prompts))
+    final = Anchor(
+        layer=layers[best],
+        direction=streams.direction(best, everything, estimator),
+        positions=positions,
+        readout=readout,
+    )
+    other = streams.direction(best, second, estimator)
+    cosine = float(torch.nn.functional.cosine_similarity(trials[best].direction, other, dim=0))
+    gap = mean_interval(gaps[best])
+    reads = {side: streams.read_side(trials[best], best, side)[second] for side in ("s_with", "s_without")}
+    report = AnchorReport(
+        estimator=estimator,
+        gates=_gates(cosine, area_under_curve(reads["s_with"], reads["s_without"]), gap.low),
+        levels=streams.levels(final, best),
+        gap=gap.estimate,
+        gap_low=gap.low,
+        gap_high=gap.high,
+        search={at: round(value, 6) for at, value in zip(layers, strength, strict=True)},
+        n_prompts=len(prompts),
+    )
+    return Anchor(
+        layer=final.layer, direction=final.direction, positions=positions, readout=readout, report=report
+    )
+
+
+def _gates(cosine: float, auc: float, gap_low: float) -> tuple[Gate, ...]:
+    return (
+        Gate(
+            name="split-half-cosine",
+            value=cosine,
+            threshold=SPLIT_HALF_COSINE,
+            passed=cosine >= SPLIT_HALF_COSINE,
+            meaning="directions fitted on two disjoint halves of the queries agree",
+        ),
+        Gate(
+            name="auc",
+            value=auc,
+            threshold=AUC,
+            passed=auc >= AUC,
+            meaning="the specialized model's readout tells held-out prompts with the instruction from those without",
+        ),
+        Gate(
+            name="gap",
+            value=gap_low,
+            threshold=0.0,
+            passed=gap_low > 0,
+            meaning="the specialized model reads higher than the base on held-out prompts (lower end of 95 %)",
+        ),
+    )
+
+
+def _candidates(n_layers: int, search: tuple[float, float]) -> list[int]:
+    low, high = (round(share * n_layers) for share in search)
+    if not 0 <= low <= high <= n_layers:
+        raise AnchorError(f"cannot search from {search[0]:g} to {search[1]:g} of the depth; give 0 <= low <= high <= 1.")
+    return list(range(low, high + 1))
+
+
+def _halves(prompts: ContrastPrompts) -> tuple[Floats, Floats]:
+    """Indices of the prompts of every other query, and of the rest."""
+    queries = {query: place for place, query in enumerate(dict.fromkeys(row.query for row in prompts))}
+    if len(queries) < 4:
+        raise AnchorError(
+            f"{len(queries)} different queries are too few to fit an anchor and test it on others. Give at least 4, "
+            "or make the anchor by hand: Anchor(layer=, direction=, positions=)."
+        )
+    parity = np.array([queries[row.query] % 2 for row in prompts])
+    return np.flatnonzero(parity == 0), np.flatnonzero(parity == 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Streams:
+    """Residuals at the readout positions: side -> `(layer, prompt, position, feature)`."""
+
+    sides: Mapping[str, Tensor]
+
+    @classmethod
+    def read(
+        cls,
+        pair: ModelPair,
+        prompts: TokenizedPrompts,
+        *,
+        layers: Sequence[int],
+        positions: Sequence[int],
+        batch_tokens: int,
+    ) -> _Streams:
+        models = {"b": pair.base, "s": pair.specialized}
+        texts = {"with": prompts.with_instruction, "without": prompts.without_instruction}
+        sides = {
+            f"{model}_{text}": read_residuals(
+                models[model], texts[text], layers=layers, positions=positions, batch_tokens=batch_tokens
+            )
+            for model in models
+            for text in texts
+        }
+        return cls(sides=sides)
+
+    def direction(self, place: int, chosen: Floats, estimator: str) -> Tensor:
+        """Direction of the layer at `place` from the chosen prompts, shape `(feature,)`, unit norm."""
+        with_, without = self.sides["s_with"][place, chosen], self.sides["s_without"][place, chosen]
+        differences = (with_ - without).to(torch.float64).mean(dim=1)
+        mean = differences.mean(dim=0)
+        if estimator == "mean-difference":
+            direction = mean
+        elif estimator == "principal-component":
+            direction = torch.linalg.svd(differences, full_matrices=False).Vh[0]
+            direction = direction if float(direction @ mean) >= 0 else -direction
+        else:
+            raise AnchorError(f"unknown estimator {estimator!r}. Choose one of {', '.join(get_args(Estimator))}.")
+        if float(direction.norm()) == 0:
+            raise AnchorError("the instruction changes nothing at the readout positions: the prompts end alike there.")
+        return direction / direction.norm()
+
+    def read_side(self, anchor: Anchor, place: int, side: str) -> Floats:
+        """Plain readout of one side, shape `(prompt,)`."""
+        return anchor.read(self.sides[side][place]).numpy()
+
+    def gap(self, anchor: Anchor, place: int) -> Floats:
+        """Specialized minus base readout on prompts with their instruction, shape `(prompt,)`."""
+        gap = self.read_side(anchor, place, "s_with") - self.read_side(anchor, place, "b_with")
+        if anchor.readout == "contrast":
+            gap = gap - (self.read_side(anchor, place, "s_without") - self.read_side(anchor, place, "b_without"))
+        return gap
+
+    def levels(self, anchor: Anchor, place: int) -> Levels:
+        means = {side: float(self.read_side(anchor, place, side).mean()) for side in self.sides}
+        return Levels(
+            base_with=means["b_with"],
+            base_without=means["b_without"],
+            specialized_with=means["s_with"],
+            specialized_without=means["s_without"],
+        )

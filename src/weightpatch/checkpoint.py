@@ -1,0 +1,250 @@
+"""One checkpoint as a user names it: a folder, a hub id, a PEFT adapter folder or a GGUF file.
+
+Everything that can be known without reading a weight (config, shapes, tokenizer, files) is read here first; `load`
+comes last. Only safetensors and GGUF are read unless pickled weights are allowed explicitly.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from safetensors import SafetensorError, safe_open
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from weightpatch.errors import CheckpointError
+
+Kind = Literal["model", "adapter", "gguf"]
+DeviceMap = str | dict[str, str | int]
+
+_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "adapter_model.bin")
+_TEXT_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A checkpoint found on disk, nothing of it read yet.
+
+    Attributes:
+        reference: As the user wrote it.
+        kind: A full model, a PEFT adapter, or a GGUF file.
+        path: Its folder, or the GGUF file itself.
+        revision: Branch, tag or commit for a hub id.
+        from_hub: Whether `path` is a hub snapshot whose weights may not be there yet.
+    """
+
+    reference: str
+    kind: Kind
+    path: Path
+    revision: str | None = None
+    from_hub: bool = False
+
+
+def find(reference: str | Path, *, revision: str | None = None) -> Checkpoint:
+    """Find a checkpoint by its folder, GGUF file or hub id (downloads its small text files only).
+
+    Raises:
+        CheckpointError: there is none by this name.
+    """
+    path = Path(reference).expanduser()
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise CheckpointError(f"{reference} is a file but not a .gguf one. Name the folder that holds the model.")
+        return Checkpoint(reference=str(reference), kind="gguf", path=path)
+    if path.is_dir():
+        return _in_folder(str(reference), path)
+    try:
+        folder = snapshot_download(
+            str(reference), revision=revision, allow_patterns=_TEXT_FILES, ignore_patterns=["*/*"]
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        raise CheckpointError(
+            f"{reference!r} is neither a folder, a .gguf file nor a model on the hub that can be reached "
+            f"({type(error).__name__}). Check the name, or download it first; HF_HUB_OFFLINE=1 forbids downloads."
+        ) from error
+    return replace(_in_folder(str(reference), Path(folder)), revision=revision, from_hub=True)
+
+
+def _in_folder(reference: str, folder: Path) -> Checkpoint:
+    if (folder / "adapter_config.json").is_file():
+        return Checkpoint(reference=reference, kind="adapter", path=folder)
+    if (folder / "config.json").is_file():
+        return Checkpoint(reference=reference, kind="model", path=folder)
+    ggufs = sorted(file.name for file in folder.glob("*.gguf"))
+    hint = f" Name one of its files: {', '.join(ggufs)}." if ggufs else " Name the folder that `save_pretrained` wrote."
+    raise CheckpointError(f"{reference} holds neither config.json nor adapter_config.json.{hint}")
+
+
+def weight_files(checkpoint: Checkpoint, *, allow_pickle: bool = False) -> tuple[Path, ...]:
+    """The files that hold the weights, each one present and (safetensors) complete by its own header.
+
+    Raises:
+        CheckpointError: no weights, a shard that is missing, a truncated file, or pickled weights not allowed.
+    """
+    if checkpoint.kind == "gguf":
+        return (checkpoint.path,)
+    if checkpoint.from_hub:
+        patterns = ["*.safetensors", *(["*.bin"] if allow_pickle else [])]
+        snapshot_download(
+            checkpoint.reference, revision=checkpoint.revision, allow_patterns=patterns, ignore_patterns=["*/*"]
+        )
+    stem = "adapter_model" if checkpoint.kind == "adapter" else "model"
+    index = checkpoint.path / f"{stem}.safetensors.index.json"
+    if index.is_file():
+        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        files = tuple(checkpoint.path / shard for shard in shards)
+    else:
+        files = (checkpoint.path / f"{stem}.safetensors",)
+    missing = [file.name for file in files if not file.is_file()]
+    if not missing:
+        for file in files:
+            _header(file)
+        return files
+    pickles = [checkpoint.path / name for name in _PICKLES if (checkpoint.path / name).is_file()]
+    if pickles and not index.is_file():
+        if allow_pickle:
+            return tuple(pickles)
+        raise CheckpointError(
+            f"{checkpoint.reference} holds pickled weights only ({pickles[0].name}), and unpickling can run code. "
+            "Convert them to safetensors, or pass --allow-pickle (allow_pickle=True) if you trust their author."
+        )
+    raise CheckpointError(f"{checkpoint.reference} lacks {', '.join(missing)}. Download or copy the missing files.")
+
+
+def shapes(checkpoint: Checkpoint, *, allow_pickle: bool = False) -> Mapping[str, tuple[int, ...]]:
+    """Tensor names and shapes out of the safetensors headers; empty for other formats. Reads no weight."""
+    found: dict[str, tuple[int, ...]] = {}
+    for file in weight_files(checkpoint, allow_pickle=allow_pickle):
+        if file.suffix == ".safetensors":
+            found |= _header(file)
+    return found
+
+
+def _header(file: Path) -> Mapping[str, tuple[int, ...]]:
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        size = file.stat().st_size
+        raise CheckpointError(
+            f"{file.name} in {file.parent.name} is truncated or damaged: its {size} bytes do not hold what its header "
+            f"announces ({error}). Download or copy it again."
+        ) from error
+
+
+def read_config(checkpoint: Checkpoint) -> PreTrainedConfig:
+    """The model config of a full checkpoint or GGUF file (not of an adapter: that has its base's).
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    folder, gguf = _source(checkpoint)
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, **gguf, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"cannot read the config of {checkpoint.reference}: {error}") from error
+    return config
+
+
+def read_adapter_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """`adapter_config.json` as it is."""
+    try:
+        config = json.loads((checkpoint.path / "adapter_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read adapter_config.json of {checkpoint.reference}: {error}") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"adapter_config.json of {checkpoint.reference} is no JSON object.")
+    return config
+
+
+def read_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase | None:
+    """The checkpoint's tokenizer; None when it brings none."""
+    folder, gguf = _source(checkpoint)
+    if not gguf and not any((checkpoint.path / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        return None
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, **gguf, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"cannot read the tokenizer of {checkpoint.reference}: {error}") from error
+    return tokenizer
+
+
+def load(
+    checkpoint: Checkpoint,
+    *,
+    dtype: torch.dtype,
+    device_map: DeviceMap | None = None,
+    allow_pickle: bool = False,
+    base: Checkpoint | None = None,
+) -> PreTrainedModel:
+    """Read the weights into a model in evaluation mode.
+
+    Args:
+        checkpoint: What to load.
+        dtype: The one dtype of all weights; GGUF is dequantized to it.
+        device_map: As in transformers.
+        allow_pickle: Read pickled weights too.
+        base: What an adapter is applied to.
+
+    Raises:
+        CheckpointError: damaged, incomplete, or with parameters that the model does not have.
+    """
+    if checkpoint.kind == "adapter":
+        if base is None or base.kind == "adapter":
+            raise CheckpointError(f"{checkpoint.reference} is an adapter. Only the specialized side can be one.")
+        return _load_adapter(checkpoint, load(base, dtype=dtype, device_map=device_map, allow_pickle=allow_pickle))
+    folder, gguf = _source(checkpoint)
+    weight_files(checkpoint, allow_pickle=allow_pickle)
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            **gguf,
+            dtype=dtype,
+            device_map=device_map,
+            use_safetensors=None if allow_pickle or gguf else True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, EOFError) as error:
+        raise CheckpointError(f"cannot read the weights of {checkpoint.reference}: {error}") from error
+    absent = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+    if absent:
+        listed = ", ".join(absent[:6]) + (f" and {len(absent) - 6} more" if len(absent) > 6 else "")
+        raise CheckpointError(
+            f"{checkpoint.reference} lacks {len(absent)} of the model's parameters, or holds them in other shapes: "
+            f"{listed}. They would be random; get a complete checkpoint."
+        )
+    loaded: PreTrainedModel = model
+    return loaded.eval()
+
+
+def _load_adapter(checkpoint: Checkpoint, base: PreTrainedModel) -> PreTrainedModel:
+    from peft import PeftModel
+
+    weight_files(checkpoint)
+    try:
+        adapted = PeftModel.from_pretrained(base, str(checkpoint.path), is_trainable=False)
+        merged: PreTrainedModel = adapted.merge_and_unload(safe_merge=False)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"cannot apply the adapter {checkpoint.reference} to its base: {error}") from error
+    return merged.eval()
+
+
+def _source(checkpoint: Checkpoint) -> tuple[str, dict[str, str]]:
+    """Folder and the extra arguments by which transformers reads a checkpoint."""
+    if checkpoint.kind == "gguf":
+        return str(checkpoint.path.parent), {"gguf_file": checkpoint.path.name}
+    return str(checkpoint.path), {}

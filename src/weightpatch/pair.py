@@ -1,0 +1,343 @@
+"""A pair: the base and the specialized checkpoint of one architecture, checked before anything is measured on them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from weightpatch.architecture import Architecture, skeleton
+from weightpatch.checkpoint import (
+    Checkpoint,
+    DeviceMap,
+    find,
+    load,
+    read_adapter_config,
+    read_config,
+    read_tokenizer,
+    shapes,
+    weight_files,
+)
+from weightpatch.errors import CheckpointError, PairError, PromptError
+from weightpatch.prompts import ContrastPrompts
+
+_NOT_COMPUTATION = re.compile(
+    r"_?(model_)?name_or_path|_?attn_implementation.*|transformers_version|dtype|torch_dtype|architectures|use_cache"
+    r"|(bos|eos|pad|unk|sep)_token_id|.*dropout|.*pdrop|initializer_.*|pretraining_tp|output_.*|return_dict|id2label"
+    r"|label2id|problem_type|chunk_size_feed_forward|max_position_embeddings|n_positions|n_ctx|summary_.*"
+    r"|task_specific_params|finetuning_task|tokenizer_class|quantization_config|gradient_checkpointing|is_decoder"
+    r"|is_encoder_decoder"
+)
+"""Config fields that do not change what given weights compute on a prompt."""
+
+_PROBES = ("The quick brown fox jumps over 13 lazy dogs.", "<<Title>>\n\n*one*, \"two\"; SECTION 3", "  def f(x):\n\treturn x")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ModelPair:
+    """Base and specialized model of one architecture, in one dtype.
+
+    Built from modules already in memory, or by `from_pretrained`. The modules are never changed beyond a call.
+
+    Attributes:
+        base: The model that receives weights.
+        specialized: The model that gives them.
+        tokenizer: For prompts that are text; None when all prompts are token ids.
+        base_name: Where the base came from, for the record.
+        specialized_name: Where the specialized model came from.
+
+    Raises:
+        PairError: they are no pair, every difference listed; or they hold the same weights.
+        CheckpointError: weights that are NaN or infinite.
+        ArchitectureError: no row of the table fits.
+    """
+
+    base: PreTrainedModel
+    specialized: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None = None
+    base_name: str = "base"
+    specialized_name: str = "specialized"
+
+    def __post_init__(self) -> None:
+        differences = _config_differences(self.base.config, self.specialized.config)
+        differences += _shape_differences(_shapes(self.base), _shapes(self.specialized))
+        dtypes = [sorted({str(p.dtype) for p in model.parameters()}) for model in (self.base, self.specialized)]
+        if dtypes[0] != dtypes[1] or len(dtypes[0]) > 1:
+            differences.append(f"dtype: {', '.join(dtypes[0])} in the base, {', '.join(dtypes[1])} in the specialized")
+        if differences:
+            raise _no_pair(self.base_name, self.specialized_name, differences)
+        _check_weights(self)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        base: str | Path,
+        specialized: str | Path,
+        *,
+        revision: str | None = None,
+        specialized_revision: str | None = None,
+        dtype: str | torch.dtype = "float32",
+        device_map: DeviceMap | None = None,
+        allow_pickle: bool = False,
+        any_adapter_base: bool = False,
+        prompts: ContrastPrompts | None = None,
+    ) -> ModelPair:
+        """Check that two checkpoints are a pair, then load both in one dtype.
+
+        Args:
+            base: Hub id, folder or GGUF file.
+            specialized: The same, or the folder of a PEFT adapter, which is applied to the base.
+            revision: Of the base on the hub.
+            specialized_revision: Of the specialized checkpoint on the hub.
+            dtype: Of all weights of both; a name or a torch dtype.
+            device_map: As in transformers.
+            allow_pickle: Read pickled weights too.
+            any_adapter_base: Apply an adapter although it names another base than the one given.
+            prompts: Prompts to be used; both tokenizers must give them the same tokens.
+
+        Raises:
+            PairError: no pair; one sentence for each difference, before any weight is read.
+            CheckpointError: a checkpoint that cannot be read.
+        """
+        checkpoints = check_pair(
+            base,
+            specialized,
+            revision=revision,
+            specialized_revision=specialized_revision,
+            allow_pickle=allow_pickle,
+            any_adapter_base=any_adapter_base,
+            prompts=prompts,
+        )
+        as_dtype = _dtype(dtype)
+        models = [
+            load(checkpoint, dtype=as_dtype, device_map=device_map, allow_pickle=allow_pickle, base=checkpoints[0])
+            for checkpoint in checkpoints
+        ]
+        return cls(
+            base=models[0],
+            specialized=models[1],
+            tokenizer=_pick_tokenizer(*checkpoints),
+            base_name=str(base),
+            specialized_name=str(specialized),
+        )
+
+    @cached_property
+    def architecture(self) -> Architecture:
+        """Where everything lives in both models."""
+        return Architecture.of(self.base)
+
+    @cached_property
+    def _specialized_parameters(self) -> dict[str, Tensor]:
+        return {name: parameter.detach() for name, parameter in self.specialized.named_parameters()}
+
+    def specialized_weight(self, name: str) -> Tensor:
+        """One parameter of the specialized checkpoint, by its full name; the engines read weights no other way."""
+        return self._specialized_parameters[name]
+
+    def digests(self) -> dict[str, str]:
+        """SHA-256 over names and bytes of all weights, for `base` and `specialized`."""
+        return {"base": _digest(self.base), "specialized": _digest(self.specialized)}
+
+
+def check_pair(
+    base: str | Path,
+    specialized: str | Path,
+    *,
+    revision: str | None = None,
+    specialized_revision: str | None = None,
+    allow_pickle: bool = False,
+    any_adapter_base: bool = False,
+    prompts: ContrastPrompts | None = None,
+) -> tuple[Checkpoint, Checkpoint]:
+    """Everything that can be checked about a pair without reading a weight. Arguments as in `from_pretrained`.
+
+    Raises:
+        PairError: every difference, one sentence each.
+        CheckpointError: a checkpoint that is missing, truncated or pickled.
+    """
+    left, right = find(base, revision=revision), find(specialized, revision=specialized_revision)
+    if left.kind == "adapter":
+        raise CheckpointError(f"{base} is a PEFT adapter. Give the full model as the base, the adapter as specialized.")
+    for checkpoint in (left, right):
+        weight_files(checkpoint, allow_pickle=allow_pickle)
+    config = read_config(left)
+    if right.kind == "adapter":
+        differences = _adapter_differences(left, right, config, any_base=any_adapter_base)
+    else:
+        other = read_config(right)
+        differences = _config_differences(config, other)
+        differences += _shape_differences(_shapes(skeleton(config)), _shapes(skeleton(other)))
+        if left.kind == right.kind:
+            stored = shapes(left, allow_pickle=allow_pickle), shapes(right, allow_pickle=allow_pickle)
+            common = stored[0].keys() & stored[1].keys()
+            in_both = [{name: side[name] for name in side if name in common} for side in stored]
+            differences += [line for line in _shape_differences(*in_both) if line not in differences]
+    differences += _tokenizer_differences(read_tokenizer(left), read_tokenizer(right), prompts)
+    if differences:
+        raise _no_pair(str(base), str(specialized), differences)
+    return left, right
+
+
+def _no_pair(base: str, specialized: str, differences: list[str]) -> PairError:
+    return PairError(
+        f"{base} and {specialized} are no pair: weights can only be patched between two checkpoints of one "
+        "architecture and vocabulary. What differs:",
+        differences,
+    )
+
+
+def _pick_tokenizer(base: Checkpoint, specialized: Checkpoint) -> PreTrainedTokenizerBase | None:
+    """The specialized side's where it brings a chat template (a pretrained base often has none), else the base's."""
+    theirs = read_tokenizer(specialized)
+    ours = read_tokenizer(base)
+    return theirs if theirs is not None and (theirs.chat_template or ours is None) else ours
+
+
+def _dtype(dtype: str | torch.dtype) -> torch.dtype:
+    named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(named, torch.dtype) or not named.is_floating_point:
+        raise PairError(f"unknown dtype {dtype!r}. Name float32, bfloat16, float16 or float64; 'auto' could differ.")
+    return named
+
+
+def _config_differences(base: PreTrainedConfig, specialized: PreTrainedConfig) -> list[str]:
+    if base.model_type != specialized.model_type:
+        return [f"architecture: {base.model_type} in the base, {specialized.model_type} in the specialized"]
+    left, right = base.to_dict(), specialized.to_dict()
+    return [
+        f"{name}: {left.get(name)!r} in the base, {right.get(name)!r} in the specialized"
+        for name in sorted(left.keys() | right.keys())
+        if not _NOT_COMPUTATION.fullmatch(name) and not _same_value(left.get(name), right.get(name))
+    ]
+
+
+def _same_value(one: object, other: object) -> bool:
+    """Equal, or numbers equal to float32: GGUF stores its numbers in that precision."""
+    if isinstance(one, float) and isinstance(other, float):
+        return math.isclose(one, other, rel_tol=1e-6)
+    return one == other
+
+
+def _shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def _shape_differences(left: dict[str, tuple[int, ...]], right: dict[str, tuple[int, ...]]) -> list[str]:
+    lines = [
+        f"{name}: shape {list(left[name])} in the base, {list(right[name])} in the specialized"
+        for name in left
+        if name in right and left[name] != right[name]
+    ]
+    for side, absent in (("specialized", left.keys() - right.keys()), ("base", right.keys() - left.keys())):
+        if absent:
+            names = sorted(absent)
+            more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+            lines.append(f"parameters missing in the {side}: {', '.join(names[:4])}{more}")
+    return lines if len(lines) <= 12 else [*lines[:12], f"{len(lines) - 12} more shapes"]
+
+
+def _adapter_differences(
+    base: Checkpoint, adapter: Checkpoint, config: PreTrainedConfig, *, any_base: bool
+) -> list[str]:
+    differences = []
+    trained_on = str(read_adapter_config(adapter).get("base_model_name_or_path") or "")
+    known_as = {base.reference, str(base.path), str(getattr(config, "_name_or_path", ""))}
+    if trained_on and not any_base and not any(_same_name(trained_on, name) for name in known_as):
+        differences.append(
+            f"the adapter was trained on {trained_on!r}, not on {base.reference!r}. If these are the same weights "
+            "under two names, pass --any-adapter-base (any_adapter_base=True)"
+        )
+    expected = _shapes(skeleton(config))
+    for name, shape in shapes(adapter).items():
+        factor = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])(?:\.\w+)?\.weight", name)
+        if factor is None:
+            continue
+        weight = expected.get(f"{factor[1]}.weight")
+        if weight is None:
+            differences.append(f"the adapter changes {factor[1]}, which the base does not have")
+        elif shape[1 if factor[2] == "A" else 0] not in weight:
+            differences.append(f"{name}: shape {list(shape)} does not fit the base's {factor[1]}, {list(weight)}")
+    return differences if len(differences) <= 12 else [*differences[:12], f"{len(differences) - 12} more tensors"]
+
+
+def _same_name(one: str, other: str) -> bool:
+    """Whether two names can mean one model: same last part but for case, punctuation and what a file adds to it."""
+    plain = [re.sub(r"[^a-z0-9]", "", name.rstrip("/").rsplit("/", 1)[-1].lower()) for name in (one, other)]
+    return bool(plain[0] and plain[1]) and (plain[0].startswith(plain[1]) or plain[1].startswith(plain[0]))
+
+
+def _tokenizer_differences(
+    base: PreTrainedTokenizerBase | None, specialized: PreTrainedTokenizerBase | None, prompts: ContrastPrompts | None
+) -> list[str]:
+    if base is None or specialized is None:
+        return []
+    left, right = base.get_vocab(), specialized.get_vocab()
+    changed = sorted(token for token in left.keys() | right.keys() if left.get(token) != right.get(token))
+    if changed:
+        named = ", ".join(repr(token) for token in changed[:4])
+        return [
+            f"vocabulary: {len(left)} tokens in the base, {len(right)} in the specialized; "
+            f"{len(changed)} of them differ, first {named}"
+        ]
+    texts = [*_PROBES, *(row.text for row in prompts or () if row.prompt)]
+    split_apart = [text for text in texts if base.encode(text) != specialized.encode(text)]
+    if split_apart:
+        return [f"tokenization: {len(split_apart)} of {len(texts)} texts get other tokens, first {split_apart[0]!r}"]
+    return []
+
+
+def _parameters(pair: ModelPair) -> Iterator[tuple[str, Tensor, Tensor]]:
+    for name, parameter in pair.base.named_parameters():
+        yield name, parameter.detach(), pair.specialized_weight(name)
+
+
+def _check_weights(pair: ModelPair) -> None:
+    """Raise for values that are no numbers, or when nothing differs."""
+    broken, same = [], True
+    for name, ours, theirs in _parameters(pair):
+        for side, tensor in (("base", ours), ("specialized", theirs)):
+            if not bool(torch.isfinite(tensor).all()):
+                count = int((~torch.isfinite(tensor)).sum())
+                broken.append(f"{name} of the {side}: {count} of {tensor.numel()} values")
+        same = same and torch.equal(ours, theirs.to(ours.device))
+    if broken:
+        listed = "\n".join(f"  - {line}" for line in broken[:12])
+        raise CheckpointError(f"weights that are NaN or infinite:\n{listed}\nGet an intact checkpoint.")
+    if same:
+        raise PairError(
+            f"{pair.base_name} and {pair.specialized_name} hold the same weights, so there is nothing to localize. "
+            "Was one of them named twice?"
+        )
+
+
+def _digest(model: PreTrainedModel) -> str:
+    digest = hashlib.sha256(json.dumps({"model_type": model.config.model_type}).encode())
+    for name, parameter in model.named_parameters():
+        digest.update(name.encode())
+        digest.update(str(parameter.dtype).encode())
+        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def check_prompts(pair: ModelPair, prompts: ContrastPrompts) -> None:
+    """Raise unless every token id exists in the pair's vocabulary.
+
+    Raises:
+        PromptError: names the first prompt with a token outside it.
+    """
+    limit = int(pair.base.get_input_embeddings().weight.shape[0])
+    tokenized = prompts.tokenize(pair.tokenizer)
+    for name, *sides in zip(tokenized.ids, tokenized.with_instruction, tokenized.without_instruction, strict=True):
+        worst: Any = max(max(side) for side in sides)
+        if worst >= limit or min(min(side) for side in sides) < 0:
+            raise PromptError(f"prompt {name}: token id {worst} is outside the vocabulary of {limit} tokens.")

@@ -1,0 +1,57 @@
+"""Writing one model's weights into another for a while, and taking them out again bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from weightpatch.component import Component, Slice, components, slices
+from weightpatch.pair import ModelPair
+
+Recipient = Literal["base", "specialized"]
+
+
+@contextmanager
+def patched(
+    pair: ModelPair, patch: str | Iterable[str | Component], *, recipient: Recipient = "base"
+) -> Iterator[PreTrainedModel]:
+    """The recipient with the other model's weights in some components; restored bit for bit on leaving.
+
+    Args:
+        pair: The two models.
+        patch: Components, addresses or units, in one string with commas or as a sequence; of any layers.
+        recipient: `"base"` receives specialized weights (sufficiency), `"specialized"` receives base ones (necessity).
+
+    Yields:
+        The recipient itself, usable for logits and generation while the block lasts.
+
+    Raises:
+        ComponentError: an address or unit that this architecture does not have.
+    """
+    names = patch.split(",") if isinstance(patch, str) else [str(item) for item in patch]
+    members = components(pair.architecture, [name.strip() for name in names]) if names else ()
+    owned = [piece for member in members for piece in slices(pair.architecture, member)]
+    receiving = pair.base if recipient == "base" else pair.specialized
+    giving = pair.specialized_weight if recipient == "base" else pair.base.get_parameter
+    parameters = dict(receiving.named_parameters())
+    saved: list[tuple[Tensor, Tensor]] = []
+    try:
+        with torch.no_grad():
+            for piece in owned:
+                target = _view(parameters[piece.parameter].data, piece)
+                saved.append((target, target.clone()))
+                target.copy_(_view(giving(piece.parameter).detach(), piece))
+        yield receiving
+    finally:
+        with torch.no_grad():
+            for target, original in reversed(saved):
+                target.copy_(original)
+
+
+def _view(tensor: Tensor, piece: Slice) -> Tensor:
+    return tensor.narrow(piece.axis, piece.start, piece.stop - piece.start)

@@ -1,0 +1,278 @@
+"""Prompts with and without their instruction, their splits, and their tokens."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from weightpatch.errors import PromptError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SPLITS: tuple[str, ...] = ("fit", "localize", "validate")
+"""Disjoint in base queries: anchors are fitted on one, effects measured on the next, validated on the last."""
+
+BUILT_IN = "instructions"
+"""Name of the built-in set; `instructions:title` is one of its tasks."""
+
+TokenIds = tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContrastPrompt:
+    """One prompt with and without its instruction, as text or as token ids.
+
+    Attributes:
+        id: Unique within its set.
+        prompt: The base query; empty for token ids.
+        instruction: What is added to it; empty for token ids.
+        task: The behaviour it belongs to.
+        split: One of `SPLITS`, or empty when none was given.
+        system: System message for the chat template, if any.
+        type: IFEval's id of the instruction type, if any, for the checkers.
+        kwargs: Arguments of that checker.
+        with_instruction: Token ids, for prompts that come as such.
+        without_instruction: The same without the instruction.
+    """
+
+    id: str
+    prompt: str = ""
+    instruction: str = ""
+    task: str = "task"
+    split: str = ""
+    system: str = ""
+    type: str = ""
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    with_instruction: TokenIds = ()
+    without_instruction: TokenIds = ()
+
+    @property
+    def query(self) -> str:
+        """What must not be shared between splits: the base query."""
+        return self.prompt or " ".join(map(str, self.without_instruction))
+
+    @property
+    def text(self) -> str:
+        """The query followed by the instruction."""
+        return f"{self.prompt} {self.instruction}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizedPrompts:
+    """Token ids of prompts, in the order of the prompts.
+
+    Attributes:
+        ids: The prompts' ids.
+        with_instruction: Token ids of each, unpadded.
+        without_instruction: The same without the instruction.
+    """
+
+    ids: tuple[str, ...]
+    with_instruction: tuple[TokenIds, ...]
+    without_instruction: tuple[TokenIds, ...]
+
+
+@dataclass(frozen=True)
+class ContrastPrompts:
+    """Prompts that carry an instruction, each beside itself without it.
+
+    Functions use all the prompts they are given; `split` and `of_task` select.
+    """
+
+    rows: tuple[ContrastPrompt, ...]
+
+    def __post_init__(self) -> None:
+        ids = [row.id for row in self.rows]
+        if not ids:
+            raise PromptError("no prompts: the set is empty. Give at least one.")
+        if repeated := sorted({name for name in ids if ids.count(name) > 1} if len(set(ids)) < len(ids) else ()):
+            raise PromptError(f"prompt ids must be unique; repeated: {', '.join(repeated[:8])}. Rename them.")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[ContrastPrompt]:
+        return iter(self.rows)
+
+    @classmethod
+    def load(cls, source: str | Path, *, seed: int = 0, n_queries: int = 24) -> ContrastPrompts:
+        """Read prompts from JSONL, or generate the built-in set.
+
+        Each line is an object with `prompt` and `instruction`, optionally `id`, `task`, `split`, `system`, `type` and
+        `kwargs`; other fields are ignored. Where no line names a split, the queries are dealt out to the three by `seed`.
+
+        Args:
+            source: A JSONL file, `instructions` (six instruction types) or one of them, as `instructions:title`.
+            seed: For the splits, and for the built-in set's choice of queries and paraphrases.
+            n_queries: Queries of each split and task of the built-in set.
+
+        Raises:
+            PromptError: no such file or set; every line that cannot be used, with its number.
+        """
+        path = Path(source)
+        name, _, task = str(source).partition(":")
+        if name == BUILT_IN and not path.exists():
+            from weightpatch.instructions import TASKS, instruction_rows
+
+            rows = instruction_rows([task] if task else TASKS, n_queries=n_queries, seed=seed)
+            return cls(tuple(_read_row(row, f"{BUILT_IN} row {number}") for number, row in enumerate(rows, 1)))
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise PromptError(
+                f"cannot read prompts from {source}: {error}. Name a JSONL file, or the built-in set {BUILT_IN!r}."
+            ) from error
+        return cls(_deal_splits(_read_lines(lines, source), seed=seed))
+
+    @classmethod
+    def from_token_ids(
+        cls, *, with_instruction: Sequence[Sequence[int]], without_instruction: Sequence[Sequence[int]]
+    ) -> ContrastPrompts:
+        """Prompts that are already token ids, unpadded.
+
+        Raises:
+            PromptError: the two lists differ in length, or a prompt has no tokens.
+        """
+        if len(with_instruction) != len(without_instruction):
+            raise PromptError(
+                f"{len(with_instruction)} prompts with an instruction and {len(without_instruction)} without: "
+                "give one of each for every prompt."
+            )
+        rows = []
+        for number, (positive, negative) in enumerate(zip(with_instruction, without_instruction, strict=True)):
+            if not len(positive) or not len(negative):
+                raise PromptError(f"prompt {number} has no tokens. Give at least one token with and without.")
+            ids = tuple(int(token) for token in positive), tuple(int(token) for token in negative)
+            rows.append(ContrastPrompt(id=f"p{number}", with_instruction=ids[0], without_instruction=ids[1]))
+        return cls(tuple(rows))
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Names of the tasks, in order of appearance."""
+        return tuple(dict.fromkeys(row.task for row in self.rows))
+
+    def of_task(self, task: str) -> ContrastPrompts:
+        """The prompts of one task."""
+        rows = tuple(row for row in self.rows if row.task == task)
+        if not rows:
+            raise PromptError(f"no prompts for task {task!r}. Tasks here: {', '.join(self.tasks)}.")
+        return ContrastPrompts(rows)
+
+    def split(self, name: str) -> ContrastPrompts:
+        """The prompts of one split.
+
+        Raises:
+            PromptError: no such split, or none of these prompts is in it.
+        """
+        if name not in SPLITS:
+            raise PromptError(f"unknown split {name!r}. Splits are {', '.join(SPLITS)}.")
+        rows = tuple(row for row in self.rows if row.split == name)
+        if not rows:
+            raise PromptError(
+                f"no prompts in split {name!r}. Every task needs at least 3 different queries, or a field `split`."
+            )
+        return ContrastPrompts(rows)
+
+    def tokenize(self, tokenizer: PreTrainedTokenizerBase | None) -> TokenizedPrompts:
+        """Tokens of every prompt, through the chat template where the tokenizer has one.
+
+        Raises:
+            PromptError: the prompts are text and there is no tokenizer.
+        """
+        positives, negatives = [], []
+        for row in self.rows:
+            if row.with_instruction:
+                positives.append(row.with_instruction)
+                negatives.append(row.without_instruction)
+                continue
+            if tokenizer is None:
+                raise PromptError("these prompts are text, and the pair has no tokenizer. Give ModelPair(tokenizer=...).")
+            positives.append(tokenize(tokenizer, row.text, system=row.system))
+            negatives.append(tokenize(tokenizer, row.prompt, system=row.system))
+        return TokenizedPrompts(
+            ids=tuple(row.id for row in self.rows),
+            with_instruction=tuple(positives),
+            without_instruction=tuple(negatives),
+        )
+
+    def digest(self) -> str:
+        """SHA-256 of everything in the set, in order."""
+        rows = [replace(row, kwargs=dict(row.kwargs)).__dict__ for row in self.rows]
+        return hashlib.sha256(json.dumps(rows, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, *, system: str = "") -> TokenIds:
+    """Token ids of one user message, up to where the answer starts."""
+    if not tokenizer.chat_template:
+        return tuple(tokenizer.encode(f"{system}\n\n{text}" if system else text))
+    messages = [{"role": "system", "content": system}] if system else []
+    messages.append({"role": "user", "content": text})
+    chat = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    return tuple(tokenizer.encode(str(chat), add_special_tokens=False))
+
+
+def _read_lines(lines: Iterable[str], source: str | Path) -> list[ContrastPrompt]:
+    rows: list[ContrastPrompt] = []
+    faults: list[str] = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(_read_row(json.loads(line), f"line {number}"))
+        except (json.JSONDecodeError, PromptError) as error:
+            what = str(error) if isinstance(error, PromptError) else f"line {number}: no JSON object ({error.msg})"
+            faults.append(f"  - {what}")
+    if faults:
+        listed = "\n".join(faults[:12])
+        raise PromptError(
+            f"{len(faults)} of the lines of {source} cannot be used:\n{listed}\n"
+            'Each line needs {"prompt": "...", "instruction": "..."}.'
+        )
+    if not rows:
+        raise PromptError(f"{source} holds no prompts. Write one JSON object to a line.")
+    return rows
+
+
+def _read_row(record: object, where: str) -> ContrastPrompt:
+    if not isinstance(record, dict):
+        raise PromptError(f"{where}: not a JSON object")
+    texts = {}
+    for name in ("prompt", "instruction"):
+        value = record.get(name)
+        if not isinstance(value, str) or not value.strip():
+            raise PromptError(f"{where}: {name!r} is {'missing' if name not in record else 'not a text'}")
+        texts[name] = value
+    options = {name: record[name] for name in ("task", "split", "system", "type") if record.get(name)}
+    if wrong := [name for name, value in options.items() if not isinstance(value, str)]:
+        raise PromptError(f"{where}: {', '.join(wrong)} must be text")
+    if options.get("split", "fit") not in SPLITS:
+        raise PromptError(f"{where}: split {options['split']!r} is none of {', '.join(SPLITS)}")
+    if not _is_safe_name(task := options.get("task", "task")):
+        raise PromptError(f"{where}: task {task!r} names a folder; use letters, digits, '-', '_' and '.'")
+    kwargs = record.get("kwargs") or {}
+    if not isinstance(kwargs, dict):
+        raise PromptError(f"{where}: kwargs must be an object")
+    return ContrastPrompt(id=str(record.get("id") or where.replace(" ", "-")), **texts, **options, kwargs=kwargs)
+
+
+def _is_safe_name(name: str) -> bool:
+    return bool(name.strip(".")) and all(letter.isalnum() or letter in "-_." for letter in name) and len(name) <= 80
+
+
+def _deal_splits(rows: list[ContrastPrompt], *, seed: int) -> tuple[ContrastPrompt, ...]:
+    """Give every row of a query the same split, unless the rows name theirs."""
+    named = [row for row in rows if row.split]
+    if named and len(named) < len(rows):
+        raise PromptError(f"{len(named)} of {len(rows)} prompts name a split. Name it for all of them or for none.")
+    if named:
+        return tuple(rows)
+    queries = list(dict.fromkeys(row.query for row in rows))
+    random.Random(seed).shuffle(queries)
+    split = {query: SPLITS[place % len(SPLITS)] for place, query in enumerate(queries)}
+    return tuple(replace(row, split=split[row.query]) for row in rows)

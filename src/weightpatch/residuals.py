@@ -1,0 +1,164 @@
+"""Residual streams of whole, untouched models at the readout positions: what anchors are made of and measured with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from weightpatch.architecture import layers_of
+from weightpatch.errors import AnchorError
+
+BATCH_TOKENS = 2048
+"""Tokens, with padding, that one forward call works on, unless told otherwise."""
+
+
+def batches(token_ids: Sequence[Sequence[int]], batch_tokens: int) -> list[list[int]]:
+    """Deal prompts out to batches of similar length.
+
+    Args:
+        token_ids: Unpadded prompts.
+        batch_tokens: Most tokens of a batch, padding included; a longer prompt gets a batch of its own.
+
+    Returns:
+        Indices of the prompts of each batch, shortest prompts first.
+    """
+    order = sorted(range(len(token_ids)), key=lambda index: len(token_ids[index]))
+    dealt: list[list[int]] = []
+    for index in order:
+        if dealt and len(token_ids[index]) * (len(dealt[-1]) + 1) <= batch_tokens:
+            dealt[-1].append(index)
+        else:
+            dealt.append([index])
+    return dealt
+
+
+def pad(token_ids: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """Right-padded tokens, shape `(prompt, token)`.
+
+    The padding repeats a prompt's last token: behind it, it cannot reach any position that is read in a causal model, so
+    no mask is needed.
+    """
+    longest = max(len(ids) for ids in token_ids)
+    rows = [[*ids, *[ids[-1]] * (longest - len(ids))] for ids in token_ids]
+    return torch.tensor(rows, device=device)
+
+
+def readout_index(token_ids: Sequence[Sequence[int]], positions: Sequence[int]) -> Tensor:
+    """Where the readout positions lie in right-padded prompts, shape `(prompt, position)`.
+
+    Args:
+        token_ids: Unpadded prompts.
+        positions: From the start of a prompt, or from its end when negative.
+
+    Raises:
+        AnchorError: a prompt is too short for a position.
+    """
+    rows = []
+    for number, ids in enumerate(token_ids):
+        row = [position if position >= 0 else len(ids) + position for position in positions]
+        if min(row) < 0 or max(row) >= len(ids):
+            raise AnchorError(
+                f"prompt {number} has {len(ids)} tokens, too few for readout positions {list(positions)}. "
+                "Drop it, or read at other positions."
+            )
+        rows.append(row)
+    return torch.tensor(rows)
+
+
+def at_positions(residual: Tensor, index: Tensor) -> Tensor:
+    """Residual at each row's own positions, on the CPU: `(row, token, feature)` -> `(row, position, feature)`."""
+    index = index.to(residual.device)
+    rows = torch.arange(residual.shape[0], device=residual.device).unsqueeze(1)
+    return residual[rows, index].detach().cpu()
+
+
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Switch dropout off and gradients too; afterwards every module is in the mode it was found in."""
+    found = [(module, module.training) for model in models for module in model.modules() if module.training]
+    for module, _ in found:
+        module.training = False
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in found:
+            module.training = training
+
+
+class _Done(Exception):
+    """The wanted layer was reached; the rest of the forward pass is not needed."""
+
+
+def read_residuals(
+    model: PreTrainedModel,
+    token_ids: Sequence[Sequence[int]],
+    *,
+    layers: Sequence[int],
+    positions: Sequence[int],
+    batch_tokens: int = BATCH_TOKENS,
+) -> Tensor:
+    """Residual stream that enters some layers, at the readout positions of each prompt.
+
+    Args:
+        model: A model whose family has a row in the architecture table.
+        token_ids: Unpadded prompts.
+        layers: Layers whose entering residual is read; `n_layers` stands for what leaves the last one (before the norm).
+        positions: Readout positions; negative ones count from the end of each prompt.
+        batch_tokens: Most tokens of one forward pass.
+
+    Returns:
+        Shape `(layer, prompt, position, feature)`, on the CPU, in the model's dtype.
+    """
+    blocks = layers_of(model)
+    device = model.get_input_embeddings().weight.device
+    found: Tensor | None = None
+    with evaluating(model):
+        for batch in batches(token_ids, batch_tokens):
+            ids = [token_ids[index] for index in batch]
+            entering = _entering(model, blocks, pad(ids, device), layers)
+            index = readout_index(ids, positions)
+            read = torch.stack([at_positions(entering[layer], index) for layer in layers])
+            if found is None:
+                found = read.new_empty((read.shape[0], len(token_ids), *read.shape[2:]))
+            found[:, batch] = read
+    if found is None:
+        raise AnchorError("no prompts to read. Give at least one.")
+    return found
+
+
+def _entering(
+    model: PreTrainedModel, blocks: nn.ModuleList, tokens: Tensor, layers: Sequence[int]
+) -> dict[int, Tensor]:
+    """Residuals entering the given layers in one forward pass that ends at the last of them."""
+    last = max(layers)
+    kept: dict[int, Tensor] = {}
+
+    def keep(layer: int, residual: Tensor) -> None:
+        if layer in layers:
+            kept[layer] = residual
+        if layer == last:
+            raise _Done
+
+    with ExitStack() as hooks:
+        for layer, block in enumerate(blocks):
+
+            def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], layer: int = layer) -> None:
+                keep(layer, args[0] if args else kwargs["hidden_states"])
+
+            hooks.callback(block.register_forward_pre_hook(before, with_kwargs=True).remove)
+
+        def after(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+            keep(len(blocks), output[0] if isinstance(output, tuple) else output)
+
+        hooks.callback(blocks[-1].register_forward_hook(after).remove)
+        try:
+            model(input_ids=tokens, use_cache=False)
+        except _Done:
+            pass
+    return kept

@@ -1,0 +1,125 @@
+"""Intervals and ratios that every score comes with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from weightpatch.errors import NoGapError
+
+Floats = NDArray[np.float64]
+
+N_RESAMPLES = 2000
+LEVEL = 0.95
+REAL_GAP = 0.1
+"""A prompt's own gap counts in the mean of ratios from this share of the mean gap on (our choice)."""
+
+_CHUNK = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interval:
+    """An estimate with its bootstrap interval over prompts; NaN bounds when there is but one prompt."""
+
+    estimate: float
+    low: float
+    high: float
+
+    @property
+    def contains_zero(self) -> bool:
+        return not (self.low > 0 or self.high < 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recovery:
+    """Fractions of the base-to-specialized gap that each patch closes. Shapes `(component,)`.
+
+    Attributes:
+        ratio: Ratio of means: 0, the patch changed nothing; 1, it alone reproduces the specialized model. Not clipped.
+        low: Lower end of its bootstrap 95 % interval over prompts; NaN with fewer than two prompts.
+        high: Upper end.
+        mean_of_ratios: Mean over prompts with a real gap of each prompt's own ratio.
+    """
+
+    ratio: Floats
+    low: Floats
+    high: Floats
+    mean_of_ratios: Floats
+
+
+def mean_interval(values: Floats, *, seed: int = 0) -> Interval:
+    """Mean of values, shape `(prompt,)`, with its bootstrap 95 % interval."""
+    if len(values) < 2:
+        return Interval(estimate=float(values.mean()), low=float("nan"), high=float("nan"))
+    means = _resamples(len(values), seed) @ values
+    low, high = np.quantile(means, _tails())
+    return Interval(estimate=float(values.mean()), low=float(low), high=float(high))
+
+
+def check_gap(gap: Floats, *, seed: int = 0) -> Interval:
+    """The mean gap with its interval.
+
+    Args:
+        gap: Specialized minus base readout, shape `(prompt,)`.
+        seed: Of the bootstrap.
+
+    Raises:
+        NoGapError: the interval contains 0, or the gap of a single prompt is 0.
+    """
+    interval = mean_interval(gap, seed=seed)
+    if interval.contains_zero if len(gap) > 1 else interval.estimate == 0:
+        raise NoGapError(
+            f"the two models do not differ measurably in this readout: mean gap {interval.estimate:.4g}, 95 % interval "
+            f"{interval.low:.4g} to {interval.high:.4g} over {len(gap)} prompts. A recovery would divide by noise. "
+            "Choose another anchor layer, an anchor fitted on this behaviour, or more prompts."
+        )
+    return interval
+
+
+def recovery(effects: Floats, gap: Floats, *, seed: int = 0) -> Recovery:
+    """Fraction of the base-to-specialized gap that each patch closes.
+
+    Args:
+        effects: Patched minus recipient readout, shape `(component, prompt)`, in the readout's unit.
+        gap: Specialized minus base readout, shape `(prompt,)`, same unit.
+        seed: Of the bootstrap; every component sees the same resamples.
+
+    Returns:
+        Ratios of means with intervals, and means of ratios.
+
+    Raises:
+        NoGapError: the gap's 95 % interval contains 0.
+
+    Source:
+        Our reading of E_w in Sun et al. 2026 (arXiv:2604.13694); ranking by the ratio of means is our choice.
+    """
+    mean_gap = check_gap(gap, seed=seed).estimate
+    ratio = effects.mean(axis=1) / mean_gap
+    real = gap / mean_gap >= REAL_GAP
+    mean_of_ratios = (effects[:, real] / gap[real]).mean(axis=1)
+    low, high = np.full_like(ratio, np.nan), np.full_like(ratio, np.nan)
+    if len(gap) > 1:
+        weights = _resamples(len(gap), seed)
+        gaps = weights @ gap
+        for start in range(0, len(effects), _CHUNK):
+            part = slice(start, start + _CHUNK)
+            low[part], high[part] = np.quantile(weights @ effects[part].T / gaps[:, None], _tails(), axis=0)
+    return Recovery(ratio=ratio, low=low, high=high, mean_of_ratios=mean_of_ratios)
+
+
+def area_under_curve(positive: Floats, negative: Floats) -> float:
+    """Probability that a positive lies above a negative, ties half (AUC of the ROC curve)."""
+    above = (positive[:, None] > negative[None, :]).mean()
+    return float(above + 0.5 * (positive[:, None] == negative[None, :]).mean())
+
+
+def _tails() -> tuple[float, float]:
+    return (1 - LEVEL) / 2, (1 + LEVEL) / 2
+
+
+def _resamples(n_prompts: int, seed: int) -> Floats:
+    """Weights of prompts in each bootstrap resample, shape `(resample, prompt)`; rows add up to 1."""
+    draws = np.random.default_rng(seed).multinomial(n_prompts, np.full(n_prompts, 1 / n_prompts), size=N_RESAMPLES)
+    return draws / n_prompts
