@@ -7,8 +7,6 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -17,6 +15,8 @@ from weightpatch import ContrastPrompts, ModelPair
 
 _SIZES = {"num_hidden_layers": 3, "hidden_size": 24, "num_attention_heads": 4, "vocab_size": 61}
 _GATED = {**_SIZES, "intermediate_size": 20, "max_position_embeddings": 64}
+torch.set_num_threads(1)  # the models are so small that threads only get in each other's way
+
 SHAPES: dict[str, dict[str, object]] = {
     "llama-mha": {"model_type": "llama", **_GATED, "num_key_value_heads": 4, "tie_word_embeddings": True},
     "llama-gqa": {"model_type": "llama", **_GATED, "num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True},
@@ -28,7 +28,9 @@ SHAPES: dict[str, dict[str, object]] = {
 """A shape for each family and each way of sharing keys (mha, gqa, mqa)."""
 
 
-def build_model(shape: str, *, seed: int, dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> PreTrainedModel:
+def build_model(
+    shape: str, *, seed: int, dtype: torch.dtype = torch.float32, attention: str = "sdpa"
+) -> PreTrainedModel:
     """A random model with weights large enough that every component matters, biases and norms included."""
     fields = dict(SHAPES[shape])
     config = AutoConfig.for_model(str(fields.pop("model_type")), **fields)
@@ -47,11 +49,6 @@ def build_pair(shape: str, *, dtype: torch.dtype = torch.float32, attention: str
         base=build_model(shape, seed=1, dtype=dtype, attention=attention),
         specialized=build_model(shape, seed=2, dtype=dtype, attention=attention),
     )
-
-
-@pytest.fixture(scope="session")
-def make_pair() -> Callable[..., ModelPair]:
-    return build_pair
 
 
 @pytest.fixture(scope="session")

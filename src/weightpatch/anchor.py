@@ -11,6 +11,7 @@ from typing import Literal, get_args
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -20,6 +21,8 @@ from weightpatch.pair import ModelPair
 from weightpatch.prompts import ContrastPrompts, TokenizedPrompts
 from weightpatch.residuals import BATCH_TOKENS, read_residuals
 from weightpatch.statistics import Floats, area_under_curve, mean_interval
+
+Indices = NDArray[np.intp]
 
 Readout = Literal["projection", "cosine", "contrast"]
 Estimator = Literal["mean-difference", "principal-component"]
@@ -163,7 +166,7 @@ class Anchor:
         """Write it as safetensors, what is known about it in the metadata."""
         about = {"layer": self.layer, "positions": self.positions, "readout": self.readout}
         report = asdict(self.report) if self.report else None
-        metadata = {"format": "weightpatch.anchor/1", "about": json.dumps({**about, "report": report}, sort_keys=True)}
+        metadata = {"weightpatch.anchor/1": json.dumps({**about, "report": report}, sort_keys=True)}  # one: no order
         save_file({"direction": self.direction.contiguous()}, str(path), metadata=metadata)
 
     @classmethod
@@ -175,7 +178,7 @@ class Anchor:
         """
         try:
             with safe_open(str(path), framework="pt") as file:
-                about = json.loads((file.metadata() or {})["about"])
+                about = json.loads((file.metadata() or {})["weightpatch.anchor/1"])
                 direction = file.get_tensor("direction")
             report = about.pop("report")
             return cls(direction=direction, report=_read_report(report) if report else None, **about)
@@ -262,9 +265,7 @@ def fit_anchor(
         search={at: round(value, 6) for at, value in zip(layers, strength, strict=True)},
         n_prompts=len(prompts),
     )
-    return Anchor(
-        layer=final.layer, direction=final.direction, positions=positions, readout=readout, report=report
-    )
+    return Anchor(layer=final.layer, direction=final.direction, positions=positions, readout=readout, report=report)
 
 
 def _gates(cosine: float, auc: float, gap_low: float) -> tuple[Gate, ...]:
@@ -296,11 +297,13 @@ def _gates(cosine: float, auc: float, gap_low: float) -> tuple[Gate, ...]:
 def _candidates(n_layers: int, search: tuple[float, float]) -> list[int]:
     low, high = (round(share * n_layers) for share in search)
     if not 0 <= low <= high <= n_layers:
-        raise AnchorError(f"cannot search from {search[0]:g} to {search[1]:g} of the depth; give 0 <= low <= high <= 1.")
+        raise AnchorError(
+            f"cannot search from {search[0]:g} to {search[1]:g} of the depth; give 0 <= low <= high <= 1."
+        )
     return list(range(low, high + 1))
 
 
-def _halves(prompts: ContrastPrompts) -> tuple[Floats, Floats]:
+def _halves(prompts: ContrastPrompts) -> tuple[Indices, Indices]:
     """Indices of the prompts of every other query, and of the rest."""
     queries = {query: place for place, query in enumerate(dict.fromkeys(row.query for row in prompts))}
     if len(queries) < 4:
@@ -339,7 +342,7 @@ class _Streams:
         }
         return cls(sides=sides)
 
-    def direction(self, place: int, chosen: Floats, estimator: str) -> Tensor:
+    def direction(self, place: int, chosen: Indices, estimator: str) -> Tensor:
         """Direction of the layer at `place` from the chosen prompts, shape `(feature,)`, unit norm."""
         with_, without = self.sides["s_with"][place, chosen], self.sides["s_without"][place, chosen]
         differences = (with_ - without).to(torch.float64).mean(dim=1)
@@ -353,7 +356,8 @@ class _Streams:
             raise AnchorError(f"unknown estimator {estimator!r}. Choose one of {', '.join(get_args(Estimator))}.")
         if float(direction.norm()) == 0:
             raise AnchorError("the instruction changes nothing at the readout positions: the prompts end alike there.")
-        return direction / direction.norm()
+        unit: Tensor = direction / direction.norm()
+        return unit
 
     def read_side(self, anchor: Anchor, place: int, side: str) -> Floats:
         """Plain readout of one side, shape `(prompt,)`."""

@@ -218,6 +218,11 @@ def layers_of(model: PreTrainedModel) -> nn.ModuleList:
     return layers
 
 
+def embedding_weight(model: PreTrainedModel) -> Tensor:
+    """The token embedding's weight, shape `(vocabulary, feature)`."""
+    return model.get_parameter(f"{family_of(model.config).embed[0]}.weight")
+
+
 def _n_neurons(model: PreTrainedModel, family: Family) -> int:
     try:
         weight = model.get_submodule(f"{family.layers}.0.{family.mlp_out}").get_parameter("weight")
@@ -260,5 +265,5 @@ def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
 
     family_of(config)
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     return model

@@ -30,6 +30,9 @@ from weightpatch.errors import CheckpointError
 Kind = Literal["model", "adapter", "gguf"]
 DeviceMap = str | dict[str, str | int]
 
+BUNDLED = ("tiny:base", "tiny:specialized")
+"""References of the pair that is shipped in the package."""
+
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "adapter_model.bin")
 _TEXT_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
 
@@ -54,11 +57,14 @@ class Checkpoint:
 
 
 def find(reference: str | Path, *, revision: str | None = None) -> Checkpoint:
-    """Find a checkpoint by its folder, GGUF file or hub id (downloads its small text files only).
+    """Find a checkpoint by its folder, GGUF file or hub id (downloads its small text files only), or in the package.
 
     Raises:
         CheckpointError: there is none by this name.
     """
+    if str(reference) in BUNDLED:
+        folder = Path(__file__).parent / "data" / str(reference).replace(":", "/")
+        return _in_folder(str(reference), folder)
     path = Path(reference).expanduser()
     if path.is_file():
         if path.suffix != ".gguf":
@@ -67,7 +73,7 @@ def find(reference: str | Path, *, revision: str | None = None) -> Checkpoint:
     if path.is_dir():
         return _in_folder(str(reference), path)
     try:
-        folder = snapshot_download(
+        snapshot = snapshot_download(
             str(reference), revision=revision, allow_patterns=_TEXT_FILES, ignore_patterns=["*/*"]
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
@@ -75,7 +81,7 @@ def find(reference: str | Path, *, revision: str | None = None) -> Checkpoint:
             f"{reference!r} is neither a folder, a .gguf file nor a model on the hub that can be reached "
             f"({type(error).__name__}). Check the name, or download it first; HF_HUB_OFFLINE=1 forbids downloads."
         ) from error
-    return replace(_in_folder(str(reference), Path(folder)), revision=revision, from_hub=True)
+    return replace(_in_folder(str(reference), Path(snapshot)), revision=revision, from_hub=True)
 
 
 def _in_folder(reference: str, folder: Path) -> Checkpoint:
@@ -209,7 +215,7 @@ def load(
     folder, gguf = _source(checkpoint)
     weight_files(checkpoint, allow_pickle=allow_pickle)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             **gguf,
             dtype=dtype,
@@ -220,6 +226,8 @@ def load(
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, EOFError) as error:
         raise CheckpointError(f"cannot read the weights of {checkpoint.reference}: {error}") from error
+    model: PreTrainedModel
+    model, info = loaded
     absent = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
     if absent:
         listed = ", ".join(absent[:6]) + (f" and {len(absent) - 6} more" if len(absent) > 6 else "")
@@ -227,8 +235,8 @@ def load(
             f"{checkpoint.reference} lacks {len(absent)} of the model's parameters, or holds them in other shapes: "
             f"{listed}. They would be random; get a complete checkpoint."
         )
-    loaded: PreTrainedModel = model
-    return loaded.eval()
+    model.train(False)
+    return model
 
 
 def _load_adapter(checkpoint: Checkpoint, base: PreTrainedModel) -> PreTrainedModel:
@@ -240,7 +248,8 @@ def _load_adapter(checkpoint: Checkpoint, base: PreTrainedModel) -> PreTrainedMo
         merged: PreTrainedModel = adapted.merge_and_unload(safe_merge=False)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"cannot apply the adapter {checkpoint.reference} to its base: {error}") from error
-    return merged.eval()
+    merged.train(False)
+    return merged
 
 
 def _source(checkpoint: Checkpoint) -> tuple[str, dict[str, str]]:

@@ -16,7 +16,7 @@ from weightpatch.errors import ComponentError
 UNITS: tuple[str, ...] = (
     "blocks", "attns", "mlps", "heads", "heads.q", "heads.o", "kvs", "neurons", "norms", "rests", "ends",
 )  # fmt: skip
-"""Kinds of components. `rests`: what of an attention or MLP no head, group or neuron owns; `ends`: embed, norm, unembed."""
+"""Kinds of components. `rests`: what no head, group or neuron of a layer owns; `ends`: embed, norm, unembed."""
 
 LEVELS: tuple[str, ...] = ("blocks", "modules", "heads", "neurons")
 """Partitions of all parameters, coarse to fine."""
@@ -126,8 +126,8 @@ def components(architecture: Architecture, units: str | Sequence[str]) -> tuple[
     found_components: dict[Component, None] = {}
     for layer in (None, *range(architecture.n_layers)):
         for name in names:
-            single = singles.get(name)
-            members = _members(architecture, name, layer) if single is None else [single] * (single.layer == layer)
+            named = singles.get(name)
+            members = _members(architecture, name, layer) if named is None else [named] * (named.layer == layer)
             found_components |= dict.fromkeys(members)
     return tuple(found_components)
 
@@ -206,7 +206,7 @@ def _check_exists(architecture: Architecture, component: Component) -> None:
             raise ComponentError(f"{component}: a layer of this model has {letter}0 to {letter}{limit - 1}.")
 
 
-def _owned(architecture: Architecture, component: Component) -> Iterator[Slice]:
+def _owned(architecture: Architecture, component: Component) -> Iterator[Slice]:  # noqa: PLR0912  one case to a unit
     """Slices of a component; nothing for one that owns no parameter in this model."""
     family = architecture.family
     if component.layer is None:
@@ -269,5 +269,3 @@ def _bias(architecture: Architecture, module: str) -> Iterator[Slice]:
     name = f"{module}.bias"
     if name in architecture.parameters:
         yield Slice(parameter=name, axis=0, start=0, stop=architecture.parameters[name][0])
-
-

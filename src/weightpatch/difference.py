@@ -48,7 +48,5 @@ def weight_differences(pair: ModelPair, units: str | Sequence[str] = "ends,norms
             held += float(ours.square().sum())
             count += ours.numel()
         relative = (moved / held) ** 0.5 if held else float("inf") if moved else 0.0
-        differences.append(
-            Difference(component=component, relative_norm=relative, norm=moved**0.5, n_parameters=count)
-        )
+        differences.append(Difference(component=component, relative_norm=relative, norm=moved**0.5, n_parameters=count))
     return differences

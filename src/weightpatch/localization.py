@@ -66,7 +66,7 @@ class Effects:
             seed: Of the bootstrap over prompts.
 
         Returns:
-            Columns component, unit, layer, effect (mean over prompts, in the readout's unit), recovery (ratio of means),
+            Columns component, unit, layer, effect (mean over prompts, the readout's unit), recovery (ratio of means),
             ci_low and ci_high (its bootstrap 95 % interval; NaN with a single prompt), mean_of_ratios.
 
         Raises:
@@ -140,9 +140,7 @@ def localize(
     """
     below, past = plan(pair, anchor, units)
     found: list[Tensor] = []
-    for effect in sweep(
-        pair, prompts, anchor, below, method=method, engine=engine, batch_tokens=batch_tokens
-    ):
+    for effect in sweep(pair, prompts, anchor, below, method=method, engine=engine, batch_tokens=batch_tokens):
         found.append(effect.per_prompt)
         if on_effect:
             on_effect(effect)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from weightpatch.architecture import Architecture, skeleton
+from weightpatch.architecture import Architecture, embedding_weight, family_of, skeleton
 from weightpatch.checkpoint import (
     Checkpoint,
     DeviceMap,
@@ -40,7 +40,11 @@ _NOT_COMPUTATION = re.compile(
 )
 """Config fields that do not change what given weights compute on a prompt."""
 
-_PROBES = ("The quick brown fox jumps over 13 lazy dogs.", "<<Title>>\n\n*one*, \"two\"; SECTION 3", "  def f(x):\n\treturn x")
+_PROBES = (
+    "The quick brown fox jumps over 13 lazy dogs.",
+    '<<Title>>\n\n*one*, "two"; SECTION 3',
+    "  def f(x):\n\treturn x",
+)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -258,6 +262,7 @@ def _adapter_differences(
             "under two names, pass --any-adapter-base (any_adapter_base=True)"
         )
     expected = _shapes(skeleton(config))
+    inputs = 0 if family_of(config).transposed else 1
     for name, shape in shapes(adapter).items():
         factor = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])(?:\.\w+)?\.weight", name)
         if factor is None:
@@ -265,7 +270,7 @@ def _adapter_differences(
         weight = expected.get(f"{factor[1]}.weight")
         if weight is None:
             differences.append(f"the adapter changes {factor[1]}, which the base does not have")
-        elif shape[1 if factor[2] == "A" else 0] not in weight:
+        elif (factor[2] == "A" and shape[1] != weight[inputs]) or (factor[2] == "B" and shape[0] != weight[1 - inputs]):
             differences.append(f"{name}: shape {list(shape)} does not fit the base's {factor[1]}, {list(weight)}")
     return differences if len(differences) <= 12 else [*differences[:12], f"{len(differences) - 12} more tensors"]
 
@@ -335,7 +340,7 @@ def check_prompts(pair: ModelPair, prompts: ContrastPrompts) -> None:
     Raises:
         PromptError: names the first prompt with a token outside it.
     """
-    limit = int(pair.base.get_input_embeddings().weight.shape[0])
+    limit = int(embedding_weight(pair.base).shape[0])
     tokenized = prompts.tokenize(pair.tokenizer)
     for name, *sides in zip(tokenized.ids, tokenized.with_instruction, tokenized.without_instruction, strict=True):
         worst: Any = max(max(side) for side in sides)

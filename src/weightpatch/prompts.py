@@ -11,12 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weightpatch.errors import PromptError
+from weightpatch.instructions import SPLITS, TASKS, instruction_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-SPLITS: tuple[str, ...] = ("fit", "localize", "validate")
-"""Disjoint in base queries: anchors are fitted on one, effects measured on the next, validated on the last."""
 
 BUILT_IN = "instructions"
 """Name of the built-in set; `instructions:title` is one of its tasks."""
@@ -105,7 +103,7 @@ class ContrastPrompts:
         """Read prompts from JSONL, or generate the built-in set.
 
         Each line is an object with `prompt` and `instruction`, optionally `id`, `task`, `split`, `system`, `type` and
-        `kwargs`; other fields are ignored. Where no line names a split, the queries are dealt out to the three by `seed`.
+        `kwargs`; other fields are ignored. Where no line names a split, `seed` deals the queries out to the three.
 
         Args:
             source: A JSONL file, `instructions` (six instruction types) or one of them, as `instructions:title`.
@@ -118,8 +116,6 @@ class ContrastPrompts:
         path = Path(source)
         name, _, task = str(source).partition(":")
         if name == BUILT_IN and not path.exists():
-            from weightpatch.instructions import TASKS, instruction_rows
-
             rows = instruction_rows([task] if task else TASKS, n_queries=n_queries, seed=seed)
             return cls(tuple(_read_row(row, f"{BUILT_IN} row {number}") for number, row in enumerate(rows, 1)))
         try:
@@ -192,7 +188,9 @@ class ContrastPrompts:
                 negatives.append(row.without_instruction)
                 continue
             if tokenizer is None:
-                raise PromptError("these prompts are text, and the pair has no tokenizer. Give ModelPair(tokenizer=...).")
+                raise PromptError(
+                    "these prompts are text, and the pair has no tokenizer. Give ModelPair(tokenizer=...)."
+                )
             positives.append(tokenize(tokenizer, row.text, system=row.system))
             negatives.append(tokenize(tokenizer, row.prompt, system=row.system))
         return TokenizedPrompts(
@@ -242,13 +240,13 @@ def _read_lines(lines: Iterable[str], source: str | Path) -> list[ContrastPrompt
 def _read_row(record: object, where: str) -> ContrastPrompt:
     if not isinstance(record, dict):
         raise PromptError(f"{where}: not a JSON object")
-    texts = {}
+    texts: dict[str, Any] = {}
     for name in ("prompt", "instruction"):
         value = record.get(name)
         if not isinstance(value, str) or not value.strip():
             raise PromptError(f"{where}: {name!r} is {'missing' if name not in record else 'not a text'}")
         texts[name] = value
-    options = {name: record[name] for name in ("task", "split", "system", "type") if record.get(name)}
+    options: dict[str, Any] = {name: record[name] for name in ("task", "split", "system", "type") if record.get(name)}
     if wrong := [name for name, value in options.items() if not isinstance(value, str)]:
         raise PromptError(f"{where}: {', '.join(wrong)} must be text")
     if options.get("split", "fit") not in SPLITS:
@@ -273,6 +271,6 @@ def _deal_splits(rows: list[ContrastPrompt], *, seed: int) -> tuple[ContrastProm
     if named:
         return tuple(rows)
     queries = list(dict.fromkeys(row.query for row in rows))
-    random.Random(seed).shuffle(queries)
+    random.Random(seed).shuffle(queries)  # noqa: S311  no secret
     split = {query: SPLITS[place % len(SPLITS)] for place, query in enumerate(queries)}
     return tuple(replace(row, split=split[row.query]) for row in rows)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from weightpatch.architecture import layers_of
+from weightpatch.architecture import embedding_weight, layers_of
 from weightpatch.errors import AnchorError
 
 BATCH_TOKENS = 2048
@@ -40,8 +40,8 @@ def batches(token_ids: Sequence[Sequence[int]], batch_tokens: int) -> list[list[
 def pad(token_ids: Sequence[Sequence[int]], device: torch.device) -> Tensor:
     """Right-padded tokens, shape `(prompt, token)`.
 
-    The padding repeats a prompt's last token: behind it, it cannot reach any position that is read in a causal model, so
-    no mask is needed.
+    The padding repeats a prompt's last token. Lying behind all positions that are read, it cannot reach them in a
+    causal model, so no mask is needed.
     """
     longest = max(len(ids) for ids in token_ids)
     rows = [[*ids, *[ids[-1]] * (longest - len(ids))] for ids in token_ids]
@@ -108,7 +108,7 @@ def read_residuals(
     Args:
         model: A model whose family has a row in the architecture table.
         token_ids: Unpadded prompts.
-        layers: Layers whose entering residual is read; `n_layers` stands for what leaves the last one (before the norm).
+        layers: Layers whose entering residual is read; `n_layers`: what leaves the last one, before the norm.
         positions: Readout positions; negative ones count from the end of each prompt.
         batch_tokens: Most tokens of one forward pass.
 
@@ -116,7 +116,7 @@ def read_residuals(
         Shape `(layer, prompt, position, feature)`, on the CPU, in the model's dtype.
     """
     blocks = layers_of(model)
-    device = model.get_input_embeddings().weight.device
+    device = embedding_weight(model).device
     found: Tensor | None = None
     with evaluating(model):
         for batch in batches(token_ids, batch_tokens):
@@ -157,8 +157,6 @@ def _entering(
             keep(len(blocks), output[0] if isinstance(output, tuple) else output)
 
         hooks.callback(blocks[-1].register_forward_hook(after).remove)
-        try:
+        with suppress(_Done):
             model(input_ids=tokens, use_cache=False)
-        except _Done:
-            pass
     return kept

@@ -1,12 +1,12 @@
 """The run folder: what a run was asked for, what it found, and how it goes on after an interruption.
 
-    manifest.json                     configuration as resolved, digests, versions, time
-    prompts.jsonl                     the prompts as used
-    report.html                       derived
-    tasks/<task>/anchor.safetensors   direction, gates, reference levels
-    tasks/<task>/reference.json       readouts of both models, prompt by prompt
-    tasks/<task>/effects.jsonl        one line for each component: the truth, append-only
-    tasks/<task>/effects.parquet      derived
+manifest.json                     configuration as resolved, digests, versions, time
+prompts.jsonl                     the prompts as used
+report.html                       derived
+tasks/<task>/anchor.safetensors   direction, gates, reference levels
+tasks/<task>/reference.json       readouts of both models, prompt by prompt
+tasks/<task>/effects.jsonl        one line for each component: the truth, append-only
+tasks/<task>/effects.parquet      derived
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from weightpatch.anchor import Anchor, Estimator, Readout, fit_anchor
-from weightpatch.component import Component
+from weightpatch.component import Component, components
 from weightpatch.difference import weight_differences
 from weightpatch.errors import NoGapError, RunError
 from weightpatch.localization import Effects, Engine, Method, plan, reference, sweep
@@ -182,10 +182,12 @@ def start(config: RunConfig, pair: ModelPair, prompts: ContrastPrompts, out: str
     Args:
         config: The settings.
         pair: The two models, as the settings name them.
-        prompts: The prompts, as the settings name them; every task needs all splits.
-        out: The folder.
+        prompts: The prompts, as the settings name them; every task needs the splits `fit` and `localize`.
+        out: The folder. It is not made unless the settings fit the pair.
 
     Raises:
+        ComponentError: an unknown unit or address.
+        PromptError: a task without prompts in a split.
         RunError: the folder holds something else, or a run with other settings or inputs (every difference listed).
     """
     folder = Path(out)
@@ -195,6 +197,7 @@ def start(config: RunConfig, pair: ModelPair, prompts: ContrastPrompts, out: str
         _check_same(run, config, digests)
         return run
     check_free(folder)
+    components(pair.architecture, config.units)
     for task in prompts.tasks:
         for split in ("fit", "localize"):
             prompts.of_task(task).split(split)
@@ -244,7 +247,9 @@ def check_free(folder: Path) -> None:
     left = {"prompts.jsonl", "prompts.jsonl.partial", "manifest.json.partial"}
     others = sorted(file.name for file in folder.iterdir() if file.name not in left) if folder.is_dir() else []
     if others:
-        raise RunError(f"{folder} is no run folder and not empty (it holds {others[0]}). Name a new folder for the run.")
+        raise RunError(
+            f"{folder} is no run folder and not empty (it holds {others[0]}). Name a new folder for the run."
+        )
 
 
 def fit_anchors(run: Run, pair: ModelPair) -> Iterator[Progress]:
@@ -354,7 +359,9 @@ def read_effects(file: Path, *, repair: bool = False) -> dict[str, list[float]]:
             record = json.loads(line)
             found[record["component"]] = record["effects"]
         except (ValueError, KeyError, TypeError) as error:
-            raise RunError(f"line {number} of {file} is no record ({error}). Delete the file to measure it again.") from error
+            raise RunError(
+                f"line {number} of {file} is no record ({error}). Delete the file to measure it again."
+            ) from error
     return found
 
 

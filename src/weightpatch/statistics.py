@@ -29,6 +29,7 @@ class Interval:
 
     @property
     def contains_zero(self) -> bool:
+        """Whether 0 lies within the bounds; unknown bounds count as containing it."""
         return not (self.low > 0 or self.high < 0)
 
 

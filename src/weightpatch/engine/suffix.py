@@ -1,9 +1,9 @@
 """The fast exact engine: one base prefix, each specialized layer once, then only the layers up to the anchor.
 
 For a fixed input, changing a component of layer l changes nothing below l and first changes the component's own write
-into the residual stream. So the base runs once, layer by layer. At each layer, hybrid calls (base module, some specialized
-weights) give what every head and neuron would write; each difference is added to the base's own write, and many
-components side by side on the batch axis run through layers l+1 up to the anchor.
+into the residual stream. So the base runs once, layer by layer. At each layer, hybrid calls (base module, some
+specialized weights) give what every head and neuron would write; each difference is added to the base's own write, and
+many components side by side on the batch axis run through layers l+1 up to the anchor.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from weightpatch.anchor import Anchor
-from weightpatch.architecture import layers_of
+from weightpatch.architecture import embedding_weight, layers_of
 from weightpatch.component import Component, Slice, components, slices
 from weightpatch.engine import Measured
 from weightpatch.pair import ModelPair
@@ -51,7 +51,7 @@ def sweep(
                     run.advance()
                 n_done += 1
             for chunk in _chunks(group, runs, batch_tokens):
-                if skip.issuperset(chunk):
+                if skip >= set(chunk):
                     continue
                 parts = [run.measure(chunk) for run in runs]
                 for place, component in enumerate(chunk):
@@ -102,7 +102,7 @@ class _Run:
 
     @classmethod
     def start(cls, pair: ModelPair, token_ids: Sequence[Sequence[int]], prompts: list[int], anchor: Anchor) -> _Run:
-        tokens = pad(token_ids, pair.base.get_input_embeddings().weight.device)
+        tokens = pad(token_ids, embedding_weight(pair.base).device)
         calls, residual, last = _record(pair, tokens, anchor.layer)
         index = readout_index(token_ids, anchor.positions)
         return cls(
@@ -151,8 +151,10 @@ class _Call:
     def __call__(self, residual: Tensor, weights: Weights | None = None) -> Tensor:
         """What leaves the layer, with some weights replaced; shapes `(row, token, feature)`."""
         arguments = (residual, *self.args)
-        output = functional_call(self.layer, weights, arguments, self.kwargs) if weights else self.layer(
-            *arguments, **self.kwargs
+        output = (
+            functional_call(self.layer, weights, arguments, self.kwargs)
+            if weights
+            else self.layer(*arguments, **self.kwargs)
         )
         leaving: Tensor = output[0] if isinstance(output, tuple) else output
         return leaving
@@ -303,9 +305,7 @@ class _Writes:
         serves all of them.
         """
         if unit not in self._hybrid_inputs:
-            members = [
-                member for member in components(self.pair.architecture, unit) if member.layer == self.layer
-            ]
+            members = [member for member in components(self.pair.architecture, unit) if member.layer == self.layer]
             module = self.family.mlp_out if unit == "neurons" else self.family.o
             if unit == "neurons":
                 weights = {

@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from weightpatch import ContrastPrompts
+from weightpatch.errors import PromptError
+from weightpatch.prompts import SPLITS
+
+
+def write(tmp_path: Path, *rows: object) -> Path:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows) + "\n")
+    return file
+
+
+def test_queries_are_dealt_to_disjoint_splits_that_depend_on_the_seed_alone(tmp_path: Path) -> None:
+    rows = [{"prompt": f"Query {q}", "instruction": f"Way {p}"} for q in range(12) for p in range(5)]
+    file = write(tmp_path, *rows)
+    prompts = ContrastPrompts.load(file)
+    queries = {split: {row.query for row in prompts.split(split)} for split in SPLITS}
+    assert [len(found) for found in queries.values()] == [4, 4, 4]
+    assert len(set.union(*queries.values())) == 12
+    assert ContrastPrompts.load(file).rows == prompts.rows
+    assert ContrastPrompts.load(file, seed=1).rows != prompts.rows
+
+
+def test_splits_and_tasks_that_the_file_names_are_kept(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": f"q{n}", "instruction": "i", "task": "b" if n % 2 else "a", "split": SPLITS[n % 3], "id": f"x{n}"}
+        for n in range(6)
+    ]
+    prompts = ContrastPrompts.load(write(tmp_path, *rows))
+    assert prompts.tasks == ("a", "b")
+    assert [row.id for row in prompts.of_task("b").split("localize")] == ["x1"]
+
+
+def test_every_line_that_cannot_be_used_is_named_at_once(tmp_path: Path) -> None:
+    file = write(
+        tmp_path,
+        {"prompt": "fine", "instruction": "fine"},
+        "{not json",
+        {"prompt": "no instruction"},
+        {"prompt": " ", "instruction": "x"},
+        ["a list"],
+        {"prompt": "q", "instruction": "i", "split": "train"},
+        {"prompt": "q", "instruction": "i", "task": "../elsewhere"},
+    )
+    with pytest.raises(PromptError) as caught:
+        ContrastPrompts.load(file)
+    for part in (
+        "6 of the lines",
+        "line 2: no JSON object",
+        "line 3: 'instruction' is missing",
+        "line 4: 'prompt' is not a text",
+        "line 5: not a JSON object",
+        "line 6: split 'train' is none of fit, localize, validate",
+        "line 7: task '../elsewhere' names a folder",
+    ):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("source", ["nowhere.jsonl", "instruction"])
+def test_a_source_that_is_not_there_is_refused_with_the_built_in_name(source: str) -> None:
+    with pytest.raises(PromptError, match="Name a JSONL file, or the built-in set 'instructions'"):
+        ContrastPrompts.load(source)
+
+
+def test_repeated_ids_half_named_splits_and_empty_files_are_refused(tmp_path: Path) -> None:
+    row = {"prompt": "q", "instruction": "i", "id": "same"}
+    with pytest.raises(PromptError, match="ids must be unique; repeated: same"):
+        ContrastPrompts.load(write(tmp_path, row, row))
+    with pytest.raises(PromptError, match="1 of 2 prompts name a split"):
+        ContrastPrompts.load(write(tmp_path, {**row, "split": "fit"}, {**row, "id": "other"}))
+    with pytest.raises(PromptError, match="holds no prompts"):
+        ContrastPrompts.load(write(tmp_path, ""))
+
+
+def test_token_ids_need_one_of_each_for_every_prompt() -> None:
+    with pytest.raises(PromptError, match="2 prompts with an instruction and 1 without"):
+        ContrastPrompts.from_token_ids(with_instruction=[[1], [2]], without_instruction=[[1]])
+    with pytest.raises(PromptError, match="prompt 0 has no tokens"):
+        ContrastPrompts.from_token_ids(with_instruction=[[]], without_instruction=[[1]])
+
+
+def test_the_built_in_set_has_six_tasks_each_in_three_disjoint_splits() -> None:
+    prompts = ContrastPrompts.load("instructions", n_queries=10)
+    assert len(prompts.tasks) == 6
+    for task in prompts.tasks:
+        own = prompts.of_task(task)
+        queries = [{row.query for row in own.split(split)} for split in SPLITS]
+        assert [len(found) for found in queries] == [10, 10, 10]
+        assert len(set.union(*queries)) == 30
+        assert len({row.instruction for row in own.split("fit")}) >= 5
+    assert ContrastPrompts.load("instructions:title").tasks == ("title",)
+
+
+def test_the_digest_changes_with_any_prompt(tmp_path: Path) -> None:
+    one = ContrastPrompts.load(write(tmp_path, {"prompt": "q", "instruction": "i"}))
+    same = ContrastPrompts.load(write(tmp_path, {"prompt": "q", "instruction": "i"}))
+    other = ContrastPrompts.load(write(tmp_path, {"prompt": "q", "instruction": "j"}))
+    assert one.digest() == same.digest() != other.digest()

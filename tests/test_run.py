@@ -1,0 +1,215 @@
+"""The run folder: what it holds, how it goes on, and that nothing is lost or half-written."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from conftest import build_pair
+from weightpatch import Anchor, ContrastPrompts, ModelPair
+from weightpatch.errors import NoGapError, PromptError, RunError
+from weightpatch.prompts import SPLITS, ContrastPrompt
+from weightpatch.run import Run, RunConfig, fit_anchors, measure_effects, read_effects, start
+
+CONFIG = RunConfig(base="b", specialized="s", units="heads,mlps", layer=2)
+
+
+class Letters:
+    """A tokenizer of one token to a letter, for pairs in memory."""
+
+    chat_template = None
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(letter) % 61 for letter in text]
+
+
+def letter_pair() -> ModelPair:
+    pair = build_pair("llama-gqa")
+    object.__setattr__(pair, "tokenizer", Letters())
+    return pair
+
+
+def letter_prompts(tasks: tuple[str, ...] = ("title",)) -> ContrastPrompts:
+    rows = [
+        ContrastPrompt(
+            id=f"{task}-{n}", task=task, prompt=f"Tell {n} of tea.", instruction="Add {title}!", split=SPLITS[n % 3]
+        )
+        for task in tasks
+        for n in range(18)
+    ]
+    return ContrastPrompts(tuple(rows))
+
+
+def finish(run: Run, pair: ModelPair) -> None:
+    for _ in fit_anchors(run, pair):
+        pass
+    for _ in measure_effects(run, pair):
+        pass
+
+
+def measured_run(tmp_path: Path, prompts: ContrastPrompts | None = None) -> tuple[Run, ModelPair]:
+    pair = letter_pair()
+    run = start(CONFIG, pair, prompts or letter_prompts(), tmp_path / "run")
+    try:
+        finish(run, pair)
+    except NoGapError:
+        pytest.fail("the random pair has no gap; choose another seed")
+    return run, pair
+
+
+def test_a_run_holds_what_the_contract_says_and_reads_back_as_effects(tmp_path: Path) -> None:
+    run, pair = measured_run(tmp_path, letter_prompts(("title", "quotation")))
+    assert run.tasks == ("title", "quotation")
+    for task in run.tasks:
+        effects = run.effects(task)
+        assert [str(c) for c in effects.components][:3] == ["L0.H0", "L0.H1", "L0.H2"]
+        assert effects.per_prompt.shape == (10, 6)
+        table = pd.read_parquet(run.folder(task) / "effects.parquet")
+        pd.testing.assert_frame_equal(table, effects.table(), check_dtype=False)
+    manifest = json.loads((run.path / "manifest.json").read_text())
+    assert manifest["config"] == CONFIG.model_dump(mode="json")
+    assert manifest["digests"] == {**pair.digests(), "prompts": run.prompts().digest()}
+    assert not [file for file in run.path.rglob("*") if file.suffix in (".pkl", ".pt", ".partial")]
+
+
+def test_a_half_written_last_line_is_dropped_and_measured_again(tmp_path: Path) -> None:
+    run, pair = measured_run(tmp_path)
+    file = run.folder("title") / "effects.jsonl"
+    whole = file.read_bytes()
+    for cut in (1, 40, len(whole) // 2, len(whole) - 1):
+        file.write_bytes(whole[:cut])
+        for _ in measure_effects(run, pair):
+            pass
+        assert file.read_bytes() == whole
+
+
+def test_reading_a_run_that_is_still_going_ignores_the_half_line_and_leaves_it(tmp_path: Path) -> None:
+    run, _ = measured_run(tmp_path)
+    file = run.folder("title") / "effects.jsonl"
+    file.write_bytes(file.read_bytes()[:-20])
+    before = file.read_bytes()
+    assert len(run.effects("title").components) == 9
+    assert file.read_bytes() == before
+
+
+def test_a_finished_run_repeated_changes_no_byte_of_its_data(tmp_path: Path) -> None:
+    run, pair = measured_run(tmp_path)
+    before = {file: file.read_bytes() for file in sorted(run.path.rglob("*")) if file.is_file()}
+    finish(start(CONFIG, pair, letter_prompts(), run.path), pair)
+    assert {file: file.read_bytes() for file in sorted(run.path.rglob("*")) if file.is_file()} == before
+
+
+def test_a_changed_setting_is_refused_with_every_field_that_differs(tmp_path: Path) -> None:
+    run, pair = measured_run(tmp_path)
+    other = CONFIG.model_copy(update={"units": "heads", "seed": 3})
+    with pytest.raises(RunError) as caught:
+        start(other, pair, letter_prompts(("quotation",)), run.path)
+    for part in ("units: 'heads,mlps' then, 'heads' now", "seed: 0 then, 3 now", "the contents of prompts changed"):
+        assert part in str(caught.value)
+
+
+def test_a_folder_with_other_things_in_it_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(RunError, match=r"not empty \(it holds thesis.tex\)"):
+        start(CONFIG, letter_pair(), letter_prompts(), tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_damaged_record_is_named_by_its_line(tmp_path: Path) -> None:
+    run, _ = measured_run(tmp_path)
+    file = run.folder("title") / "effects.jsonl"
+    lines = file.read_text().splitlines()
+    lines[2] = "{broken"
+    file.write_text("\n".join(lines) + "\n")
+    with pytest.raises(RunError, match=r"line 3 of .* is no record"):
+        run.effects("title")
+
+
+def test_a_task_without_a_gap_says_so_and_the_others_go_on(tmp_path: Path) -> None:
+    pair = letter_pair()
+    with torch.no_grad():
+        pair.specialized.model.embed_tokens.weight.copy_(pair.base.model.embed_tokens.weight)
+    config = CONFIG.model_copy(update={"units": "embed,heads,mlps"})
+    run = start(config, pair, letter_prompts(("title", "same")), tmp_path / "run")
+    for _ in fit_anchors(run, pair):
+        pass
+    # Both models enter layer 0 with the same embeddings, so an anchor there has no gap.
+    Anchor(layer=0, direction=torch.ones(24)).save(run.folder("same") / "anchor.safetensors")
+    for _ in measure_effects(run, pair):
+        pass
+    assert "do not differ measurably" in (run.failure("same") or "")
+    assert run.failure("title") is None
+    assert len(run.effects("title").components) == 11
+    with pytest.raises(RunError, match="no effects of 'same': the two models do not differ"):
+        run.effects("same")
+
+
+def test_a_run_in_which_nothing_could_be_measured_is_an_error(tmp_path: Path) -> None:
+    pair = letter_pair()
+    run = start(CONFIG, pair, letter_prompts(), tmp_path / "run")
+    for _ in fit_anchors(run, pair):
+        pass
+    record = {"prompts": [], "base": [], "specialized": [], "past_anchor": [], "failure": "no gap"}
+    (run.folder("title") / "reference.json").write_text(json.dumps(record))
+    with pytest.raises(NoGapError, match=r"no task could be measured\. title: no gap"):
+        for _ in measure_effects(run, pair):
+            pass
+
+
+def test_prompts_that_cannot_be_split_are_refused_before_the_folder_is_made(tmp_path: Path) -> None:
+    rows = tuple(row for row in letter_prompts() if row.split == "fit")
+    with pytest.raises(PromptError, match="no prompts in split 'localize'"):
+        start(CONFIG, letter_pair(), ContrastPrompts(rows), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_path_without_a_manifest_is_no_run(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="is no run folder"):
+        Run.open(tmp_path)
+    (tmp_path / "manifest.json").write_text('{"format": "weightpatch.run/99", "config": {}}')
+    with pytest.raises(RunError, match=r"this version reads weightpatch\.run/1"):
+        Run.open(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_ten_random_moments_ends_with_the_same_bytes(tmp_path: Path) -> None:
+    program = [sys.executable, "-c", "from weightpatch.cli import main; main()"]
+    settings = ["--prompts", "instructions", "--units", "attns,mlps,heads", "--n-queries", "6", "--until", "localize"]
+    command = [*program, "run", "tiny:base", "tiny:specialized", *settings, "--out"]
+    whole = tmp_path / "whole"
+    process = subprocess.Popen([*command, str(whole)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    begun = wait_for(whole / "manifest.json")
+    process.wait()
+    measuring = time.monotonic() - begun
+    moments, n_lines = random.Random(0), []
+    for attempt in range(10):
+        folder = tmp_path / f"killed{attempt}"
+        process = subprocess.Popen([*command, str(folder)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        wait_for(folder / "manifest.json")
+        time.sleep(moments.uniform(0, 0.9) * measuring)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        n_lines.append(sum(len(read_effects(file)) for file in folder.rglob("effects.jsonl")))
+        subprocess.run([*command, str(folder)], check=True, capture_output=True)
+        for file in sorted((whole / "tasks").rglob("*.*")):
+            again = folder / file.relative_to(whole)
+            assert again.read_bytes() == file.read_bytes(), f"kill {attempt}: {again.name}"
+        assert not list(folder.rglob("*.partial"))
+    assert len(set(n_lines)) > 3, f"the kills all struck at the same place: {n_lines} lines measured"
+
+
+def wait_for(file: Path) -> float:
+    """Wait until a file is there; the time it appeared."""
+    while not file.exists():
+        time.sleep(0.01)
+    return time.monotonic()
