@@ -1,0 +1,151 @@
+"""The report: one HTML file made from a run folder alone, which opens without a network."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import jinja2
+import plotly.graph_objects as go
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from weightpatch.report import figures, maps
+from weightpatch.report.contents import N_TOP, TaskResult, command, count_words, read_tasks, short_name
+from weightpatch.report.sharing import SERVING_RECOVERY, share
+from weightpatch.report.style import unit_style
+from weightpatch.run import Run, write_whole
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["render", "write_report"]
+
+_SMALL = ("heads", "heads.q", "heads.o", "kvs", "neurons")
+"""Units that lie inside others; the summary shows them apart from the modules that contain them."""
+
+
+def write_report(run: Run) -> Path:
+    """Write a run's report into its folder, whole or not at all.
+
+    Args:
+        run: The run, finished or not.
+
+    Returns:
+        The file.
+    """
+    write_whole(run.report, render(run))
+    return run.report
+
+
+def render(run: Run) -> str:
+    """The report as one HTML document, the same for the same run folder.
+
+    Args:
+        run: The run, finished or not; what is missing is said.
+    """
+    tasks = read_tasks(run)
+    drawn = _Figures()
+    tables = {task.name: task.table for task in tasks if task.table is not None}
+    scripts = {"plotly": get_plotlyjs(), "figures": _resource("figures.js")}
+    return _template().render(
+        run=run,
+        config=run.config,
+        manifest=run.manifest,
+        base=short_name(run.config.base),
+        specialized=short_name(run.config.specialized),
+        command=command(run),
+        parameters=count_words(int(run.manifest["architecture"]["n_parameters"])),
+        tasks=[(task, _task_figures(task, run, drawn)) for task in tasks],
+        difference_figure=_difference_figure(run, drawn),
+        task_figures=_shared_figures(tables, drawn),
+        sharing=share(tables) if len(tables) > 1 else [],
+        n_compared_tasks=len(tables),
+        serving=SERVING_RECOVERY,
+        small=_SMALL,
+        n_top=N_TOP,
+        unit_style=unit_style,
+        css=Markup(_resource("style.css")),  # noqa: S704 - ours
+        scripts={name: Markup(text) for name, text in scripts.items()},  # noqa: S704 - plotly's and ours
+        policy=_policy(list(scripts.values())),
+    )
+
+
+class _Figures:
+    """Numbers the figures of a document and makes them safe to stand in it."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def add(self, figure: go.Figure) -> dict[str, object]:
+        """What the template needs of a figure; its title moves to the caption, where it wraps."""
+        self.count += 1
+        title = str(figure.layout.title.text or "")
+        figure.update_layout(title_text=None)
+        text = str(figure.to_json())
+        for mark, escaped in (("<", "\\u003c"), (">", "\\u003e"), ("&", "\\u0026")):
+            text = text.replace(mark, escaped)
+        return {
+            "id": f"figure-{self.count}",
+            "title": title,
+            "height": figure.layout.height,
+            "json": Markup(text),  # noqa: S704 - escaped above
+        }
+
+
+def _difference_figure(run: Run, drawn: _Figures) -> dict[str, object] | None:
+    import pandas as pd
+
+    table = pd.DataFrame(run.manifest["differences"])
+    if table.empty or not table["component"].str.fullmatch(r"L\d+\.(attn|mlp)").any():
+        return None
+    return drawn.add(figures.difference_figure(table))
+
+
+def _shared_figures(tables: dict[str, pd.DataFrame], drawn: _Figures) -> list[dict[str, object]]:
+    """Two maps of the leading components by task, so that modules do not pale the heads inside them."""
+    if len(tables) < 2:
+        return []
+    units = list(dict.fromkeys(unit for table in tables.values() for unit in table["unit"]))
+    groups = [[unit for unit in units if unit not in _SMALL], [unit for unit in units if unit in _SMALL]]
+    return [drawn.add(maps.task_map(tables, group)) for group in groups if group]
+
+
+def _task_figures(task: TaskResult, run: Run, drawn: _Figures) -> dict[str, dict[str, object]]:
+    found: dict[str, go.Figure] = {}
+    n_layers = int(run.manifest["architecture"]["n_layers"])
+    if task.anchor is not None and task.anchor.report is not None:
+        found["levels"] = figures.level_figure(task.anchor)
+        if len(task.anchor.report.search) > 1:
+            found["search"] = figures.search_figure(task.anchor)
+    if task.anchor is not None and task.table is not None:
+        units = set(task.table["unit"])
+        if units & set(maps.INDEXED):
+            found["heads"] = maps.head_map(task.table, n_layers=n_layers, anchor_layer=task.anchor.layer)
+        if units & {*figures.MODULES}:
+            found["layers"] = figures.layer_figure(task.table, n_layers=n_layers, anchor_layer=task.anchor.layer)
+        found["forest"] = figures.forest_figure(task.top)
+    return {name: drawn.add(figure) for name, figure in found.items()}
+
+
+def _policy(scripts: list[str]) -> str:
+    """A content security policy: no network at all, and no script but these."""
+    hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
+    allowed = " ".join(f"'sha256-{found}'" for found in hashes)
+    return f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data: blob:"
+
+
+def _resource(name: str) -> str:
+    return files("weightpatch.report").joinpath(name).read_text(encoding="utf-8")
+
+
+@cache
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.from_string(_resource("template.html.j2"))

@@ -1,0 +1,98 @@
+"""How figures look: colours that colour-blind readers can tell apart, names of units in words, one plain template."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import plotly.graph_objects as go
+
+DIVERGING: tuple[str, ...] = (
+    "#67001f", "#b2182b", "#d6604d", "#f4a582", "#fddbc7", "#f7f7f7",
+    "#d1e5f0", "#92c5de", "#4393c3", "#2166ac", "#053061",
+)  # fmt: skip
+"""ColorBrewer RdBu, blue for what adds; its middle belongs to 0."""
+
+GREY = "rgba(128, 128, 128, 0.16)"
+BASE, SPECIALIZED = "#E69F00", "#0072B2"
+
+FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif'
+RECOVERY = "recovery (share of the gap)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnitStyle:
+    """How one unit is named and drawn.
+
+    Attributes:
+        one: Its name in words.
+        many: The plural.
+        color: Out of Okabe and Ito's palette.
+        symbol: A plotly marker, so that colour is never the only difference.
+    """
+
+    one: str
+    many: str
+    color: str
+    symbol: str
+
+
+UNIT_STYLES: dict[str, UnitStyle] = {
+    "blocks": UnitStyle(one="block", many="blocks", color="#7F7F7F", symbol="square"),
+    "attns": UnitStyle(one="attention", many="attentions", color="#0072B2", symbol="circle"),
+    "mlps": UnitStyle(one="MLP", many="MLPs", color="#D55E00", symbol="diamond"),
+    "heads": UnitStyle(one="head", many="heads", color="#56B4E9", symbol="triangle-up"),
+    "heads.q": UnitStyle(one="head, query rows", many="heads, query rows", color="#CC79A7", symbol="triangle-left"),
+    "heads.o": UnitStyle(
+        one="head, output columns", many="heads, output columns", color="#E69F00", symbol="triangle-right"
+    ),
+    "kvs": UnitStyle(one="key/value group", many="key/value groups", color="#009E73", symbol="hexagon"),
+    "neurons": UnitStyle(one="neuron", many="neurons", color="#E69F00", symbol="cross"),
+    "norms": UnitStyle(one="norm", many="norms", color="#CC79A7", symbol="star"),
+    "rests": UnitStyle(one="rest", many="rests", color="#B8A400", symbol="x"),
+    "ends": UnitStyle(one="end", many="ends", color="#8C6D31", symbol="pentagon"),
+}
+
+
+def unit_style(unit: str) -> UnitStyle:
+    """The style of a unit; a plain one for a unit that has none."""
+    return UNIT_STYLES.get(unit, UnitStyle(one=unit, many=unit, color="#7F7F7F", symbol="circle"))
+
+
+_AXIS = {
+    "gridcolor": "#e6e8eb",
+    "linecolor": "#c3c8ce",
+    "zerolinecolor": "#8a929b",
+    "zerolinewidth": 1,
+    "ticks": "",
+    "automargin": True,
+    "ticklabelstandoff": 4,
+}
+
+TEMPLATE = go.layout.Template(
+    layout={
+        "font": {"family": FONT, "size": 12, "color": "#1c2024"},
+        "paper_bgcolor": "rgba(0,0,0,0)",
+        "plot_bgcolor": "rgba(0,0,0,0)",
+        "xaxis": _AXIS,
+        "yaxis": {**_AXIS, "title": {"standoff": 10}},
+        "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
+        "hoverlabel": {"font": {"family": FONT, "size": 12}, "align": "left"},
+        "title": {"x": 0, "xref": "paper", "font": {"size": 15}},
+        "dragmode": False,
+        "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": "#9aa5b1", "activecolor": "#5b6570"},
+    }
+)
+
+
+def styled(figure: go.Figure, *, title: str, height: int, top: int = 44) -> go.Figure:
+    """The figure with its title, height and this module's template; its width follows the page.
+
+    Args:
+        figure: Changed in place.
+        title: What is shown, in words.
+        height: Of the whole figure, in pixels.
+        top: Room above the axes for title and legend, in pixels.
+    """
+    margin = {"l": 8, "r": 12, "t": top, "b": 40}
+    figure.update_layout(template=TEMPLATE, title_text=title, height=height, margin=margin, autosize=True)
+    return figure
