@@ -132,7 +132,7 @@ def test_the_command_line_and_the_config_have_the_same_defaults() -> None:
     shared = {
         name: parameter.default
         for name, parameter in inspect.signature(run).parameters.items()
-        if name in config and parameter.default is not inspect.Parameter.empty
+        if name in config and name != "positions" and parameter.default is not inspect.Parameter.empty
     }
     assert shared == {name: config[name] for name in shared}
     assert shared["batch_tokens"] == BATCH_TOKENS

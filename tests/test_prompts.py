@@ -102,3 +102,12 @@ def test_the_digest_changes_with_any_prompt(tmp_path: Path) -> None:
     same = ContrastPrompts.load(write(tmp_path, {"prompt": "q", "instruction": "i"}))
     other = ContrastPrompts.load(write(tmp_path, {"prompt": "q", "instruction": "j"}))
     assert one.digest() == same.digest() != other.digest()
+
+
+def test_token_ids_can_stand_in_a_file_too(tmp_path: Path) -> None:
+    rows = [{"with_instruction": [n, 2, 3], "without_instruction": [n, 2]} for n in range(3)]
+    prompts = ContrastPrompts.load(write(tmp_path, *rows))
+    assert [row.with_instruction for row in prompts] == [(n, 2, 3) for n in range(3)]
+    assert {row.split for row in prompts} == set(SPLITS)
+    with pytest.raises(PromptError, match="line 1: 'with_instruction' is not a list of token ids"):
+        ContrastPrompts.load(write(tmp_path, {"with_instruction": ["x"], "without_instruction": [1]}))

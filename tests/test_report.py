@@ -117,6 +117,7 @@ def write_effects(folder: Path, units: tuple[str, ...], *, place: int, n_prompts
     gap = torch.linspace(3, 5, n_prompts, dtype=torch.float64)
     past = [address for address in addresses if address.startswith(f"L{ANCHOR_LAYER}")]
     reference: dict[str, object] = {"base": [1.0] * n_prompts, "specialized": (1 + gap).tolist(), "past_anchor": past}
+    reference["planned"] = [address for address in addresses if address not in past]
     reference |= {"prompts": [f"p{number}" for number in range(n_prompts)], "failure": FAILURE if failed else None}
     write_whole(folder / "reference.json", json.dumps(reference))
     lines = ""
@@ -268,6 +269,15 @@ def test_a_run_that_has_not_got_far_says_so(tmp_path: Path) -> None:
     page = Page(render(run))
     assert page.text.count("This task has no effects:") == 2
     assert "weightpatch localize run" in page.text
+    assert "weightpatch anchor run" in page.text
+
+
+def test_a_task_that_is_half_measured_says_how_much_is_missing(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    assert "Not finished:" not in Page(render(run)).text
+    file = run.folder("title") / "effects.jsonl"
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:-2]))
+    assert "Not finished: 2 of the planned components" in Page(render(run)).text
 
 
 def test_one_task_without_heads_has_neither_summary_nor_map_of_heads(tmp_path: Path) -> None:

@@ -82,6 +82,18 @@ def test_a_run_holds_what_the_contract_says_and_reads_back_as_effects(tmp_path: 
     assert not [file for file in run.path.rglob("*") if file.suffix in (".pkl", ".pt", ".partial")]
 
 
+def test_a_run_on_token_ids_goes_on_like_any_other(tmp_path: Path) -> None:
+    rows = tuple(
+        ContrastPrompt(id=f"p{n}", with_instruction=(n, 7, 50), without_instruction=(n, 7, 9), split=SPLITS[n % 3])
+        for n in range(18)
+    )
+    run, pair = measured_run(tmp_path, ContrastPrompts(rows))
+    assert run.prompts().rows == rows
+    before = (run.folder("task") / "effects.jsonl").read_bytes()
+    finish(start(CONFIG, pair, ContrastPrompts(rows), run.path), pair)
+    assert (run.folder("task") / "effects.jsonl").read_bytes() == before
+
+
 def test_a_half_written_last_line_is_dropped_and_measured_again(tmp_path: Path) -> None:
     run, pair = measured_run(tmp_path)
     file = run.folder("title") / "effects.jsonl"

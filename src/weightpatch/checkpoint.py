@@ -6,6 +6,7 @@ comes last. Only safetensors and GGUF are read unless pickled weights are allowe
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -194,7 +195,7 @@ def load(
     dtype: torch.dtype,
     device_map: DeviceMap | None = None,
     allow_pickle: bool = False,
-    base: Checkpoint | None = None,
+    base: PreTrainedModel | None = None,
 ) -> PreTrainedModel:
     """Read the weights into a model in evaluation mode.
 
@@ -203,15 +204,15 @@ def load(
         dtype: The one dtype of all weights; GGUF is dequantized to it.
         device_map: As in transformers.
         allow_pickle: Read pickled weights too.
-        base: What an adapter is applied to.
+        base: What an adapter is applied to; stays as it is.
 
     Raises:
         CheckpointError: damaged, incomplete, or with parameters that the model does not have.
     """
     if checkpoint.kind == "adapter":
-        if base is None or base.kind == "adapter":
+        if base is None:
             raise CheckpointError(f"{checkpoint.reference} is an adapter. Only the specialized side can be one.")
-        return _load_adapter(checkpoint, load(base, dtype=dtype, device_map=device_map, allow_pickle=allow_pickle))
+        return _load_adapter(checkpoint, copy.deepcopy(base))
     folder, gguf = _source(checkpoint)
     weight_files(checkpoint, allow_pickle=allow_pickle)
     try:

@@ -113,7 +113,7 @@ class ModelPair:
             PairError: no pair; one sentence for each difference, before any weight is read.
             CheckpointError: a checkpoint that cannot be read.
         """
-        checkpoints = check_pair(
+        checked = check_pair(
             base,
             specialized,
             revision=revision,
@@ -123,14 +123,13 @@ class ModelPair:
             prompts=prompts,
         )
         as_dtype = _dtype(dtype)
-        models = [
-            load(checkpoint, dtype=as_dtype, device_map=device_map, allow_pickle=allow_pickle, base=checkpoints[0])
-            for checkpoint in checkpoints
-        ]
+        model = load(checked.base, dtype=as_dtype, device_map=device_map, allow_pickle=allow_pickle)
         return cls(
-            base=models[0],
-            specialized=models[1],
-            tokenizer=_pick_tokenizer(*checkpoints),
+            base=model,
+            specialized=load(
+                checked.specialized, dtype=as_dtype, device_map=device_map, allow_pickle=allow_pickle, base=model
+            ),
+            tokenizer=checked.tokenizer,
             base_name=str(base),
             specialized_name=str(specialized),
         )
@@ -153,6 +152,22 @@ class ModelPair:
         return {"base": _digest(self.base), "specialized": _digest(self.specialized)}
 
 
+@dataclass(frozen=True, kw_only=True)
+class CheckedPair:
+    """Two checkpoints that may be loaded as a pair.
+
+    Attributes:
+        base: The base.
+        specialized: The specialized one.
+        tokenizer: The specialized side's where it brings a chat template (a pretrained base often has none), else the
+            base's; None when neither has one.
+    """
+
+    base: Checkpoint
+    specialized: Checkpoint
+    tokenizer: PreTrainedTokenizerBase | None
+
+
 def check_pair(
     base: str | Path,
     specialized: str | Path,
@@ -162,7 +177,7 @@ def check_pair(
     allow_pickle: bool = False,
     any_adapter_base: bool = False,
     prompts: ContrastPrompts | None = None,
-) -> tuple[Checkpoint, Checkpoint]:
+) -> CheckedPair:
     """Everything that can be checked about a pair without reading a weight. Arguments as in `from_pretrained`.
 
     Raises:
@@ -186,10 +201,12 @@ def check_pair(
             common = stored[0].keys() & stored[1].keys()
             in_both = [{name: side[name] for name in side if name in common} for side in stored]
             differences += [line for line in _shape_differences(*in_both) if line not in differences]
-    differences += _tokenizer_differences(read_tokenizer(left), read_tokenizer(right), prompts)
+    ours, theirs = read_tokenizer(left), read_tokenizer(right)
+    differences += _tokenizer_differences(ours, theirs, prompts)
     if differences:
         raise _no_pair(str(base), str(specialized), differences)
-    return left, right
+    tokenizer = theirs if theirs is not None and (theirs.chat_template or ours is None) else ours
+    return CheckedPair(base=left, specialized=right, tokenizer=tokenizer)
 
 
 def _no_pair(base: str, specialized: str, differences: list[str]) -> PairError:
@@ -198,13 +215,6 @@ def _no_pair(base: str, specialized: str, differences: list[str]) -> PairError:
         "architecture and vocabulary. What differs:",
         differences,
     )
-
-
-def _pick_tokenizer(base: Checkpoint, specialized: Checkpoint) -> PreTrainedTokenizerBase | None:
-    """The specialized side's where it brings a chat template (a pretrained base often has none), else the base's."""
-    theirs = read_tokenizer(specialized)
-    ours = read_tokenizer(base)
-    return theirs if theirs is not None and (theirs.chat_template or ours is None) else ours
 
 
 def _dtype(dtype: str | torch.dtype) -> torch.dtype:

@@ -102,7 +102,8 @@ class ContrastPrompts:
     def load(cls, source: str | Path, *, seed: int = 0, n_queries: int = 24) -> ContrastPrompts:
         """Read prompts from JSONL, or generate the built-in set.
 
-        Each line is an object with `prompt` and `instruction`, optionally `id`, `task`, `split`, `system`, `type` and
+        Each line is an object with `prompt` and `instruction` (or, as token ids, `with_instruction` and
+        `without_instruction`), optionally `id`, `task`, `split`, `system`, `type` and
         `kwargs`; other fields are ignored. Where no line names a split, `seed` deals the queries out to the three.
 
         Args:
@@ -240,12 +241,14 @@ def _read_lines(lines: Iterable[str], source: str | Path) -> list[ContrastPrompt
 def _read_row(record: object, where: str) -> ContrastPrompt:
     if not isinstance(record, dict):
         raise PromptError(f"{where}: not a JSON object")
-    texts: dict[str, Any] = {}
-    for name in ("prompt", "instruction"):
+    contents: dict[str, Any] = {}
+    as_ids = "with_instruction" in record
+    for name in ("with_instruction", "without_instruction") if as_ids else ("prompt", "instruction"):
         value = record.get(name)
-        if not isinstance(value, str) or not value.strip():
-            raise PromptError(f"{where}: {name!r} is {'missing' if name not in record else 'not a text'}")
-        texts[name] = value
+        if not (_is_token_ids(value) if as_ids else isinstance(value, str) and value.strip()):
+            what = "a list of token ids" if as_ids else "a text"
+            raise PromptError(f"{where}: {name!r} is {'missing' if name not in record else f'not {what}'}")
+        contents[name] = tuple(value) if as_ids else value  # type: ignore[arg-type]
     options: dict[str, Any] = {name: record[name] for name in ("task", "split", "system", "type") if record.get(name)}
     if wrong := [name for name, value in options.items() if not isinstance(value, str)]:
         raise PromptError(f"{where}: {', '.join(wrong)} must be text")
@@ -256,7 +259,11 @@ def _read_row(record: object, where: str) -> ContrastPrompt:
     kwargs = record.get("kwargs") or {}
     if not isinstance(kwargs, dict):
         raise PromptError(f"{where}: kwargs must be an object")
-    return ContrastPrompt(id=str(record.get("id") or where.replace(" ", "-")), **texts, **options, kwargs=kwargs)
+    return ContrastPrompt(id=str(record.get("id") or where.replace(" ", "-")), **contents, **options, kwargs=kwargs)
+
+
+def _is_token_ids(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(token, int) and token >= 0 for token in value)
 
 
 def _is_safe_name(name: str) -> bool:

@@ -166,6 +166,15 @@ class Run:
         failure: str | None = self._reference(task)["failure"] if tried else None
         return failure
 
+    def n_missing(self, task: str) -> int:
+        """How many of a task's planned components have no effects yet.
+
+        Raises:
+            RunError: its measurement was not begun.
+        """
+        planned = self._reference(task)["planned"]
+        return len(planned) - len(read_effects(self.folder(task) / "effects.jsonl"))
+
     def _reference(self, task: str) -> dict[str, Any]:
         try:
             found: dict[str, Any] = json.loads((self.folder(task) / "reference.json").read_text(encoding="utf-8"))
@@ -229,8 +238,9 @@ def start(config: RunConfig, pair: ModelPair, prompts: ContrastPrompts, out: str
         },
     }
     folder.mkdir(parents=True, exist_ok=True)
-    rows = [{**asdict(row), "with_instruction": None, "without_instruction": None} for row in prompts]
-    lines = [json.dumps({k: v for k, v in row.items() if v}, ensure_ascii=False) for row in rows]
+    lines = [
+        json.dumps({name: value for name, value in asdict(row).items() if value}, ensure_ascii=False) for row in prompts
+    ]
     write_whole(folder / "prompts.jsonl", "\n".join(lines) + "\n")
     write_whole(folder / "manifest.json", json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
     return Run.open(folder)
@@ -298,6 +308,7 @@ def measure_effects(run: Run, pair: ModelPair) -> Iterator[Progress]:
                 "prompts": [row.id for row in prompts],
                 "base": base.tolist(),
                 "specialized": specialized.tolist(),
+                "planned": [str(component) for component in below],
                 "past_anchor": [str(component) for component in past],
                 "failure": _gap_failure(specialized - base, seed=config.seed),
             }

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from weightpatch.anchor import Anchor
 from weightpatch.component import UNITS
-from weightpatch.errors import PromptError, RunError
+from weightpatch.errors import RunError
 from weightpatch.localization import Effects
 from weightpatch.prompts import ContrastPrompt, ContrastPrompts
 from weightpatch.report.scores import Score, read_scores
@@ -55,6 +55,7 @@ class TaskResult:
         gap: Mean gap on the prompts of the effects, with interval; None when there are none.
         notice: Why there are no effects; None when there are.
         failed: Whether it was tried and could not be measured.
+        n_missing: Components that are planned but not measured yet.
     """
 
     name: str
@@ -65,6 +66,7 @@ class TaskResult:
     gap: Interval | None = None
     notice: str | None = None
     failed: bool = False
+    n_missing: int = 0
 
     @property
     def top(self) -> pd.DataFrame:
@@ -111,22 +113,16 @@ def read_tasks(run: Run) -> list[TaskResult]:
         RunError: a file of the run is damaged.
         AnchorError: an anchor is.
     """
-    try:
-        prompts = run.prompts()
-    except PromptError:  # token ids have no text to show
-        prompts = None
+    prompts = run.prompts()
     return [_read_task(run, task, prompts) for task in run.tasks]
 
 
-def _read_task(run: Run, task: str, prompts: ContrastPrompts | None) -> TaskResult:
-    examples: tuple[ContrastPrompt, ...] = ()
-    if prompts is not None:
-        rows = [row for row in prompts if row.task == task]
-        measured = [row for row in rows if row.split == "localize"] or rows
-        examples = tuple(row for row in measured if row.prompt)[:N_EXAMPLES]
+def _read_task(run: Run, task: str, prompts: ContrastPrompts) -> TaskResult:
+    measured = prompts.of_task(task).split("localize")
+    examples = tuple(row for row in measured if row.prompt)[:N_EXAMPLES]  # token ids have no text to show
     folder = run.folder(task)
     if not (folder / "anchor.safetensors").is_file():
-        notice = f"it has no anchor yet. Go on: weightpatch localize {run.path.name}"
+        notice = f"it has no anchor yet. Go on: weightpatch anchor {run.path.name}"
         return TaskResult(name=task, examples=examples, anchor=None, notice=notice)
     anchor = run.anchor(task)
     if failure := run.failure(task):
@@ -137,7 +133,15 @@ def _read_task(run: Run, task: str, prompts: ContrastPrompts | None) -> TaskResu
     effects = run.effects(task)
     table = effects.table(seed=run.config.seed)
     gap = mean_interval(effects.gap.numpy(), seed=run.config.seed)
-    return TaskResult(name=task, examples=examples, anchor=anchor, effects=effects, table=table, gap=gap)
+    return TaskResult(
+        name=task,
+        examples=examples,
+        anchor=anchor,
+        effects=effects,
+        table=table,
+        gap=gap,
+        n_missing=run.n_missing(task),
+    )
 
 
 def short_name(model: str) -> str:
