@@ -179,6 +179,27 @@ def test_a_folder_without_a_model_says_what_it_lacks(save: Save, tmp_path: Path)
     assert "holds neither config.json nor adapter_config.json" in refuse(CheckpointError, save("b"), tmp_path / "empty")
 
 
+def test_a_hub_id_is_read_from_its_snapshot(save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    snapshot = tmp_path / "hub" / "models--org--tuned" / "snapshots" / commit
+    snapshot.parent.mkdir(parents=True)
+    save("tuned", seed=2).rename(snapshot)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    found = find("org/tuned")
+    assert found.from_hub
+    assert found.path == snapshot
+    pair = ModelPair.from_pretrained(save("base"), "org/tuned")
+    expected = build_model("llama-gqa", seed=2).get_parameter("model.norm.weight")
+    assert torch.equal(pair.specialized_weight("model.norm.weight"), expected)
+
+
+def test_a_truncated_gguf_file_is_refused(save: Save, tmp_path: Path) -> None:
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF" + bytes(20))
+    assert "broken.gguf" in refuse(CheckpointError, save("base"), tmp_path / "broken.gguf")
+
+
 def test_an_unknown_dtype_is_refused(save: Save) -> None:
     assert "unknown dtype 'auto'" in refuse(PairError, save("base"), save("other", seed=2), dtype="auto")
 

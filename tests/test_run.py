@@ -17,7 +17,7 @@ import torch
 
 from conftest import build_pair
 from weightpatch import Anchor, ContrastPrompts, ModelPair
-from weightpatch.errors import NoGapError, PromptError, RunError
+from weightpatch.errors import NoGapError, PromptError, RunError, WeightpatchError
 from weightpatch.prompts import SPLITS, ContrastPrompt
 from weightpatch.run import Run, RunConfig, fit_anchors, measure_effects, read_effects, start
 
@@ -182,6 +182,25 @@ def test_prompts_that_cannot_be_split_are_refused_before_the_folder_is_made(tmp_
     rows = tuple(row for row in letter_prompts() if row.split == "fit")
     with pytest.raises(PromptError, match="no prompts in split 'localize'"):
         start(CONFIG, letter_pair(), ContrastPrompts(rows), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layer": 7}, "this model has residual streams 0 to 3"),
+        ({"positions": (-40,)}, "too few for readout positions"),
+        ({"units": "L9"}, "this model has layers L0 to L2"),
+    ],
+)
+def test_settings_that_a_later_stage_would_stumble_over_are_refused_before_the_folder_is_made(
+    changes: dict[str, object], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(WeightpatchError, match=message):
+        start(CONFIG.model_copy(update=changes), letter_pair(), letter_prompts(), tmp_path / "run")
+    few = ContrastPrompts(tuple(row for row in letter_prompts() if int(row.id.split("-")[1]) < 9))
+    with pytest.raises(WeightpatchError, match="3 different queries are too few"):
+        start(CONFIG, letter_pair(), few, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

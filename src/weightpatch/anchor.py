@@ -235,7 +235,7 @@ def fit_anchor(
     layers = _candidates(n_layers, search) if layer is None else [layer]
     if min(layers) < 0 or max(layers) > n_layers:
         raise AnchorError(f"layer {layer} is outside this model's residual streams 0 to {n_layers}.")
-    first, second = _halves(prompts)
+    first, second = halves(prompts)
     streams = _Streams.read(pair, tokenized, layers=layers, positions=positions, batch_tokens=batch_tokens)
     trials = [
         Anchor(layer=at, direction=streams.direction(place, first, estimator), positions=positions, readout=readout)
@@ -303,8 +303,12 @@ def _candidates(n_layers: int, search: tuple[float, float]) -> list[int]:
     return list(range(low, high + 1))
 
 
-def _halves(prompts: ContrastPrompts) -> tuple[Indices, Indices]:
-    """Indices of the prompts of every other query, and of the rest."""
+def halves(prompts: ContrastPrompts) -> tuple[Indices, Indices]:
+    """Indices of the prompts of every other query, and of the rest: one half to fit an anchor, one to test it.
+
+    Raises:
+        AnchorError: fewer than four queries.
+    """
     queries = {query: place for place, query in enumerate(dict.fromkeys(row.query for row in prompts))}
     if len(queries) < 4:
         raise AnchorError(

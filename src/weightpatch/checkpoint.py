@@ -46,14 +46,12 @@ class Checkpoint:
         reference: As the user wrote it.
         kind: A full model, a PEFT adapter, or a GGUF file.
         path: Its folder, or the GGUF file itself.
-        revision: Branch, tag or commit for a hub id.
         from_hub: Whether `path` is a hub snapshot whose weights may not be there yet.
     """
 
     reference: str
     kind: Kind
     path: Path
-    revision: str | None = None
     from_hub: bool = False
 
 
@@ -82,7 +80,7 @@ def find(reference: str | Path, *, revision: str | None = None) -> Checkpoint:
             f"{reference!r} is neither a folder, a .gguf file nor a model on the hub that can be reached "
             f"({type(error).__name__}). Check the name, or download it first; HF_HUB_OFFLINE=1 forbids downloads."
         ) from error
-    return replace(_in_folder(str(reference), Path(snapshot)), revision=revision, from_hub=True)
+    return replace(_in_folder(str(reference), Path(snapshot)), from_hub=True)
 
 
 def _in_folder(reference: str, folder: Path) -> Checkpoint:
@@ -105,9 +103,8 @@ def weight_files(checkpoint: Checkpoint, *, allow_pickle: bool = False) -> tuple
         return (checkpoint.path,)
     if checkpoint.from_hub:
         patterns = ["*.safetensors", *(["*.bin"] if allow_pickle else [])]
-        snapshot_download(
-            checkpoint.reference, revision=checkpoint.revision, allow_patterns=patterns, ignore_patterns=["*/*"]
-        )
+        commit = checkpoint.path.name  # the folder of a snapshot is named by its commit
+        snapshot_download(checkpoint.reference, revision=commit, allow_patterns=patterns, ignore_patterns=["*/*"])
     stem = "adapter_model" if checkpoint.kind == "adapter" else "model"
     index = checkpoint.path / f"{stem}.safetensors.index.json"
     if index.is_file():

@@ -217,15 +217,43 @@ def run(
 
 
 @app.command()
-def anchor(path: RunPath, device_map: DeviceMap = None, as_json: AsJson = False) -> None:
+def anchor(
+    path: RunPath,
+    device_map: DeviceMap = None,
+    allow_pickle: AllowPickle = False,
+    any_adapter_base: AnyAdapterBase = False,
+    as_json: AsJson = False,
+) -> None:
     """One stage: fit the anchors that a run still lacks, and print them with their gates."""
-    _stage(path, "anchor", device_map=device_map, as_json=as_json)
+    _run(
+        _config_of(path),
+        path,
+        stages=("anchor",),
+        as_json=as_json,
+        device_map=device_map,
+        allow_pickle=allow_pickle,
+        any_adapter_base=any_adapter_base,
+    )
 
 
 @app.command()
-def localize(path: RunPath, device_map: DeviceMap = None, as_json: AsJson = False) -> None:
+def localize(
+    path: RunPath,
+    device_map: DeviceMap = None,
+    allow_pickle: AllowPickle = False,
+    any_adapter_base: AnyAdapterBase = False,
+    as_json: AsJson = False,
+) -> None:
     """One stage: measure the effects that a run still lacks (its anchors must be there)."""
-    _stage(path, "localize", device_map=device_map, as_json=as_json)
+    _run(
+        _config_of(path),
+        path,
+        stages=("localize",),
+        as_json=as_json,
+        device_map=device_map,
+        allow_pickle=allow_pickle,
+        any_adapter_base=any_adapter_base,
+    )
 
 
 @app.command()
@@ -240,10 +268,10 @@ def report(path: RunPath, as_json: AsJson = False) -> None:
     _print_run(opened, as_json=as_json)
 
 
-def _stage(path: Path, stage: str, *, device_map: str | None, as_json: bool) -> None:
+def _config_of(path: Path) -> RunConfig:
     from weightpatch.run import Run
 
-    _run(Run.open(path).config, path, stages=(stage,), as_json=as_json, device_map=device_map)
+    return Run.open(path).config
 
 
 def _run(

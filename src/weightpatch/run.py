@@ -25,14 +25,14 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
-from weightpatch.anchor import Anchor, Estimator, Readout, fit_anchor
+from weightpatch.anchor import Anchor, Estimator, Readout, fit_anchor, halves
 from weightpatch.component import Component, components
 from weightpatch.difference import weight_differences
 from weightpatch.errors import NoGapError, RunError
 from weightpatch.localization import Effects, Engine, Method, plan, reference, sweep
-from weightpatch.pair import ModelPair
+from weightpatch.pair import ModelPair, check_prompts
 from weightpatch.prompts import ContrastPrompts
-from weightpatch.residuals import BATCH_TOKENS
+from weightpatch.residuals import BATCH_TOKENS, readout_index
 from weightpatch.statistics import check_gap
 
 FORMAT = "weightpatch.run/1"
@@ -196,7 +196,8 @@ def start(config: RunConfig, pair: ModelPair, prompts: ContrastPrompts, out: str
 
     Raises:
         ComponentError: an unknown unit or address.
-        PromptError: a task without prompts in a split.
+        AnchorError: too few queries, too short prompts, or a layer that the model does not have.
+        PromptError: a task without prompts in a split, or tokens outside the vocabulary.
         RunError: the folder holds something else, or a run with other settings or inputs (every difference listed).
     """
     folder = Path(out)
@@ -206,10 +207,7 @@ def start(config: RunConfig, pair: ModelPair, prompts: ContrastPrompts, out: str
         _check_same(run, config, digests)
         return run
     check_free(folder)
-    components(pair.architecture, config.units)
-    for task in prompts.tasks:
-        for split in ("fit", "localize"):
-            prompts.of_task(task).split(split)
+    _check_settings(config, pair, prompts)
     architecture = pair.architecture
     manifest = {
         "format": FORMAT,
@@ -244,6 +242,21 @@ def start(config: RunConfig, pair: ModelPair, prompts: ContrastPrompts, out: str
     write_whole(folder / "prompts.jsonl", "\n".join(lines) + "\n")
     write_whole(folder / "manifest.json", json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
     return Run.open(folder)
+
+
+def _check_settings(config: RunConfig, pair: ModelPair, prompts: ContrastPrompts) -> None:
+    """Raise for everything that a later stage would stumble over and that can be seen without running a model."""
+    components(pair.architecture, config.units)
+    if config.layer is not None:
+        Anchor(layer=config.layer, direction=torch.ones(pair.architecture.n_features)).check(pair)
+    check_prompts(pair, prompts)
+    for task in prompts.tasks:
+        own = prompts.of_task(task)
+        halves(own.split("fit"))
+        own.split("localize")
+    tokenized = prompts.tokenize(pair.tokenizer)
+    for side in (tokenized.with_instruction, tokenized.without_instruction):
+        readout_index(side, config.positions)
 
 
 def check_free(folder: Path) -> None:

@@ -250,6 +250,7 @@ class _Writes:
         self.heads_in, self.attention_write = seen[self.family.o]
         self.neurons_in, _ = seen[self.family.mlp_out]
         self.base_leaving = seen[""][1]
+        self.residual = residual.to(self.attention_write.device)
         self._hybrid_inputs: dict[str, Tensor] = {}
 
     def leaving(self, chunk: Sequence[Component]) -> Tensor:
@@ -305,15 +306,15 @@ class _Writes:
         serves all of them.
         """
         if unit not in self._hybrid_inputs:
-            members = [member for member in components(self.pair.architecture, unit) if member.layer == self.layer]
             module = self.family.mlp_out if unit == "neurons" else self.family.o
-            if unit == "neurons":
+            if unit == "neurons":  # all of them: whole matrices instead of thousands of slices
                 weights = {
-                    f"{path}.{name}": self.pair.specialized_weight(f"{self.prefix}{path}.{name}")
+                    f"{path}.{name}": self.pair.specialized_weight(f"{self.prefix}{path}.{name}").to(ours.device)
                     for path in self.family.mlp_in
-                    for name, _ in self.call.layer.get_submodule(path).named_parameters()
+                    for name, ours in self.call.layer.get_submodule(path).named_parameters()
                 }
             else:
+                members = [c for c in components(self.pair.architecture, unit) if c.layer == self.layer]
                 weights = _hybrid(self.pair, members, prefix=self.prefix)
             self._hybrid_inputs[unit] = self._watch(weights, module, stop=True)[module][0]
         return self._hybrid_inputs[unit]
