@@ -6,8 +6,10 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from gguf import GGUFWriter
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -195,9 +197,20 @@ def test_a_hub_id_is_read_from_its_snapshot(save: Save, tmp_path: Path, monkeypa
     assert torch.equal(pair.specialized_weight("model.norm.weight"), expected)
 
 
-def test_a_truncated_gguf_file_is_refused(save: Save, tmp_path: Path) -> None:
-    (tmp_path / "broken.gguf").write_bytes(b"GGUF" + bytes(20))
-    assert "broken.gguf" in refuse(CheckpointError, save("base"), tmp_path / "broken.gguf")
+@pytest.mark.parametrize("n_bytes", [24, 60, -100], ids=["header", "metadata", "tensors"])
+def test_a_truncated_gguf_file_is_refused(save: Save, tmp_path: Path, n_bytes: int) -> None:
+    writer = GGUFWriter(tmp_path / "whole.gguf", "llama")
+    for number in range(4):
+        writer.add_string(f"general.note{number}", "text " * 9)
+    writer.add_tensor("token_embd.weight", np.ones((40, 32), dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    (tmp_path / "cut.gguf").write_bytes((tmp_path / "whole.gguf").read_bytes()[:n_bytes])
+    message = refuse(CheckpointError, save("base"), tmp_path / "cut.gguf")
+    assert "cut.gguf is truncated, damaged or of an unknown kind" in message
+    assert "Download or copy it again" in message
 
 
 def test_an_unknown_dtype_is_refused(save: Save) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -158,7 +159,13 @@ def read_config(checkpoint: Checkpoint) -> PreTrainedConfig:
     folder, gguf = _source(checkpoint)
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, **gguf, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, IndexError, struct.error) as error:
+        if gguf:
+            size = checkpoint.path.stat().st_size
+            raise CheckpointError(
+                f"{checkpoint.path.name} is truncated, damaged or of an unknown kind: its {size} bytes do not read as a "
+                f"GGUF model ({error}). Download or copy it again."
+            ) from error
         raise CheckpointError(f"cannot read the config of {checkpoint.reference}: {error}") from error
     return config
 
