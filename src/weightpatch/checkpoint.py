@@ -163,8 +163,8 @@ def read_config(checkpoint: Checkpoint) -> PreTrainedConfig:
         if gguf:
             size = checkpoint.path.stat().st_size
             raise CheckpointError(
-                f"{checkpoint.path.name} is truncated, damaged or of an unknown kind: its {size} bytes do not read as a "
-                f"GGUF model ({error}). Download or copy it again."
+                f"{checkpoint.path.name} is truncated, damaged or of an unknown kind: its {size} bytes do not read as "
+                f"a GGUF model ({error}). Download or copy it again."
             ) from error
         raise CheckpointError(f"cannot read the config of {checkpoint.reference}: {error}") from error
     return config
