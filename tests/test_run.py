@@ -19,7 +19,7 @@ from conftest import build_pair
 from weightpatch import Anchor, ContrastPrompts, ModelPair
 from weightpatch.errors import NoGapError, PromptError, RunError, WeightpatchError
 from weightpatch.prompts import SPLITS, ContrastPrompt
-from weightpatch.run import Run, RunConfig, fit_anchors, measure_effects, read_effects, start
+from weightpatch.run import Run, RunConfig, fit_anchors, measure_effects, start
 
 CONFIG = RunConfig(base="b", specialized="s", units="heads,mlps", layer=2)
 
@@ -215,32 +215,35 @@ def test_a_path_without_a_manifest_is_no_run(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_run_killed_at_ten_random_moments_ends_with_the_same_bytes(tmp_path: Path) -> None:
     program = [sys.executable, "-c", "from weightpatch.cli import main; main()"]
-    settings = ["--prompts", "instructions", "--units", "attns,mlps,heads", "--n-queries", "6", "--until", "localize"]
+    settings = ["--prompts", "instructions", "--units", "attns,mlps,heads", "--n-queries", "12", "--until", "localize"]
     command = [*program, "run", "tiny:base", "tiny:specialized", *settings, "--out"]
     whole = tmp_path / "whole"
-    process = subprocess.Popen([*command, str(whole)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    begun = wait_for(whole / "manifest.json")
-    process.wait()
-    measuring = time.monotonic() - begun
-    moments, n_lines = random.Random(0), []
+    subprocess.run([*command, str(whole)], check=True, capture_output=True)
+    n_total = count_lines(whole)
+    dice = random.Random(0)
+    struck = []
     for attempt in range(10):
         folder = tmp_path / f"killed{attempt}"
         process = subprocess.Popen([*command, str(folder)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        wait_for(folder / "manifest.json")
-        time.sleep(moments.uniform(0, 0.9) * measuring)
+        # The first two die on the way to their anchors, the others once a random share of the lines is there.
+        wait_for_lines(folder, 0 if attempt < 2 else dice.randrange(n_total), process)
+        time.sleep(dice.uniform(0, 0.05))
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
-        n_lines.append(sum(len(read_effects(file)) for file in folder.rglob("effects.jsonl")))
+        struck.append(count_lines(folder))
         subprocess.run([*command, str(folder)], check=True, capture_output=True)
         for file in sorted((whole / "tasks").rglob("*.*")):
             again = folder / file.relative_to(whole)
             assert again.read_bytes() == file.read_bytes(), f"kill {attempt}: {again.name}"
         assert not list(folder.rglob("*.partial"))
-    assert len(set(n_lines)) > 3, f"the kills all struck at the same place: {n_lines} lines measured"
+    assert len({lines for lines in struck if lines < n_total}) > 4, f"the kills came too late: {struck} of {n_total}"
 
 
-def wait_for(file: Path) -> float:
-    """Wait until a file is there; the time it appeared."""
-    while not file.exists():
-        time.sleep(0.01)
-    return time.monotonic()
+def count_lines(folder: Path) -> int:
+    return sum(file.read_bytes().count(b"\n") for file in folder.rglob("effects.jsonl"))
+
+
+def wait_for_lines(folder: Path, n_lines: int, process: subprocess.Popen[bytes]) -> None:
+    """Wait until a run has begun and measured so many lines, or has ended."""
+    while process.poll() is None and not ((folder / "manifest.json").exists() and count_lines(folder) >= n_lines):
+        time.sleep(0.002)
