@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from conftest import SHAPES, build_pair
-from weightpatch import Anchor, ContrastPrompts, ModelPair, localize, patched
+from weightpatch import Anchor, ContrastPrompts, ModelPair, fit_anchor, localize, patched
 from weightpatch.component import LEVELS, UNITS, Component, partition
 from weightpatch.engine import swap
 from weightpatch.errors import AnchorError, ComponentError
@@ -244,3 +244,25 @@ def test_the_table_names_every_component_with_its_recovery(token_prompts: Contra
     torch.testing.assert_close(torch.tensor(table["recovery"].to_numpy()), expected)
     assert bool(((table["ci_low"] <= table["recovery"]) & (table["recovery"] <= table["ci_high"])).all())
     assert Component.parse(table["component"][0]).unit == "heads"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_on_the_bundled_pair_suffix_equals_swap_and_a_partition_gives_the_specialized_logits(
+    dtype: torch.dtype,
+) -> None:
+    pair = ModelPair.from_pretrained("tiny:base", "tiny:specialized", dtype=dtype)
+    prompts = ContrastPrompts.load("instructions:sections", n_queries=4)
+    anchor = fit_anchor(pair, prompts.split("fit"), layer=7)
+    neurons = [f"L{layer}.N{index}" for layer in range(7) for index in (0, 100 + layer, 383)]
+    units = [*(unit for unit in UNITS if unit != "neurons"), *neurons]
+    fast, slow = (localize(pair, prompts.split("localize"), anchor, units=units, engine=e) for e in ("suffix", "swap"))
+    assert {component.unit for component in slow.components} == set(UNITS) - {"rests"}  # it has no biases
+    gap = float(slow.gap.mean())
+    assert float(slow.per_prompt.max()) > 0.1 * gap
+    torch.testing.assert_close(fast.per_prompt, slow.per_prompt, rtol=0, atol=TOLERANCE[dtype] * gap)
+    tokens = torch.tensor([prompts.tokenize(pair.tokenizer).with_instruction[0]])
+    with torch.no_grad():
+        expected = pair.specialized(input_ids=tokens).logits
+        for level in LEVELS:
+            with patched(pair, partition(pair.architecture, level)) as model:
+                assert torch.equal(model(input_ids=tokens).logits, expected)
