@@ -155,3 +155,13 @@ def test_the_demo_does_the_whole_job_on_the_bundled_pair(weightpatch: Program, t
         assert recoveries == sorted(recoveries, reverse=True)
         assert all(row["ci_low"] <= row["recovery"] <= row["ci_high"] for row in effects)
     assert took < 60
+
+
+def test_eval_prints_pass_rates_and_keeps_every_answer(weightpatch: Program, tmp_path: Path) -> None:
+    file = tmp_path / "answers.jsonl"
+    found = weightpatch("eval", "tiny:specialized", "--suite", "instruct", "--n", 2, "--out", file, "--json").record
+    assert found["strict"] == {"estimate": 1.0, "low": pytest.approx(0.785, abs=1e-3), "high": pytest.approx(1.0)}
+    assert found["types"]["title"]["n"] == 2
+    assert found["unknown_types"] == {}
+    assert len(file.read_text().splitlines()) == 14
+    assert weightpatch("eval", "tiny:base", "--suite", "poems", "--json").code == 2

@@ -214,7 +214,7 @@ def test_a_truncated_gguf_file_is_refused(save: Save, tmp_path: Path, n_bytes: i
 
 
 def test_an_unknown_dtype_is_refused(save: Save) -> None:
-    assert "unknown dtype 'auto'" in refuse(PairError, save("base"), save("other", seed=2), dtype="auto")
+    assert "unknown dtype 'auto'" in refuse(CheckpointError, save("base"), save("other", seed=2), dtype="auto")
 
 
 def write_adapter(model: PreTrainedModel, folder: Path, *, base_name: str) -> None:

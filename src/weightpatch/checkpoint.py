@@ -244,6 +244,56 @@ def load(
     return model
 
 
+def load_alone(
+    reference: str | Path,
+    *,
+    base: str | Path | None = None,
+    revision: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    device_map: DeviceMap | None = None,
+    allow_pickle: bool = False,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """One model with its tokenizer, where no pair is needed.
+
+    Args:
+        reference: Hub id, folder, GGUF file, or a PEFT adapter folder.
+        base: What an adapter is applied to.
+        revision: Of the model on the hub.
+        dtype: As in `load`.
+        device_map: As in `load`.
+        allow_pickle: As in `load`.
+
+    Raises:
+        CheckpointError: it cannot be read, is an adapter without its base, or nobody brings a tokenizer.
+    """
+    checkpoint = find(reference, revision=revision)
+    tokenizer = read_tokenizer(checkpoint)
+    below = None
+    if checkpoint.kind == "adapter":
+        if base is None:
+            raise CheckpointError(f"{reference} is an adapter. Name the model it belongs to as well: --base BASE.")
+        found = find(base)
+        below = load(found, dtype=dtype, device_map=device_map, allow_pickle=allow_pickle)
+        tokenizer = tokenizer or read_tokenizer(found)
+    if tokenizer is None:
+        raise CheckpointError(f"{reference} has no tokenizer. Copy the tokenizer's files into its folder.")
+    return load(checkpoint, dtype=dtype, device_map=device_map, allow_pickle=allow_pickle, base=below), tokenizer
+
+
+def read_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """A floating-point dtype by its name.
+
+    Raises:
+        CheckpointError: it is none.
+    """
+    named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(named, torch.dtype) or not named.is_floating_point:
+        raise CheckpointError(
+            f"unknown dtype {dtype!r}. Name float32, bfloat16, float16 or float64; 'auto' could differ."
+        )
+    return named
+
+
 def _load_adapter(checkpoint: Checkpoint, base: PreTrainedModel) -> PreTrainedModel:
     from peft import PeftModel
 

@@ -5,12 +5,9 @@ Nothing at the top of this file imports torch, so that `--help` answers at once.
 
 from __future__ import annotations
 
-import json
-import math
 import sys
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,9 +15,10 @@ import typer
 
 from weightpatch import __version__
 from weightpatch.errors import PairError, WeightpatchError
+from weightpatch.terminal import counting, draw, fail, print_evaluation, print_json, print_run, print_table, status
 
 if TYPE_CHECKING:
-    from weightpatch.run import Progress, Run, RunConfig
+    from weightpatch.run import RunConfig
 
 app = typer.Typer(
     name="weightpatch",
@@ -33,7 +31,6 @@ app = typer.Typer(
 # Typer's base of all wrong arguments is click's, or its own copy of click, depending on its version.
 _CommandLineError: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 
-TOP = 20
 DEMO_UNITS = "blocks,attns,mlps,heads,kvs"
 STAGES = ("anchor", "localize", "report")
 
@@ -61,16 +58,16 @@ def main() -> None:
         code = app(standalone_mode=False)
     except WeightpatchError as error:
         fields = {"pair": False, "differences": list(error.differences)} if isinstance(error, PairError) else {}
-        _fail(str(error), as_json, 2, fields)
+        fail(str(error), as_json, 2, fields)
     except _CommandLineError as error:
         message = error.format_message()
         usage = getattr(error, "ctx", None)
-        _fail(message if as_json or not usage else f"{usage.get_usage()}\n{message}", as_json, 2)
+        fail(message if as_json or not usage else f"{usage.get_usage()}\n{message}", as_json, 2)
     except (typer.Abort, KeyboardInterrupt):
-        _fail("interrupted. The same command continues where it stopped.", as_json, 1)
+        fail("interrupted. The same command continues where it stopped.", as_json, 1)
     except Exception as error:
         traceback.print_exc()
-        _fail(f"{type(error).__name__}: {error}", as_json, 1)
+        fail(f"{type(error).__name__}: {error}", as_json, 1)
     else:
         sys.exit(code if isinstance(code, int) else 0)
 
@@ -110,11 +107,11 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """Are they a pair? Prints the verdict and where the weights differ."""
-    _quiet()
+    quiet()
     from weightpatch.difference import weight_differences
     from weightpatch.pair import ModelPair
 
-    with _status(f"reading {base} and {specialized}"):
+    with status(f"reading {base} and {specialized}"):
         pair = ModelPair.from_pretrained(
             base,
             specialized,
@@ -137,7 +134,7 @@ def inspect(
             }
             for row in rows
         ]
-        _print_json({"pair": True, "differences": differences})
+        print_json({"pair": True, "differences": differences})
         return
     architecture = pair.architecture
     print(
@@ -146,7 +143,7 @@ def inspect(
         "to an MLP, one vocabulary."
     )
     table = [(str(row.component), f"{row.relative_norm:.3%}", f"{row.n_parameters:,}") for row in rows]
-    _print_table(("component", "relative norm of the difference", "parameters"), table)
+    print_table(("component", "relative norm of the difference", "parameters"), table)
 
 
 @app.command()
@@ -216,6 +213,47 @@ def run(
     )
 
 
+@app.command("eval")
+def eval_(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, folder, .gguf file or PEFT adapter folder.")],
+    suite: Annotated[str, typer.Option(help="instruct, or a JSONL file with IFEval's fields.")],
+    base: Annotated[str | None, typer.Option(help="What an adapter is applied to.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write every answer with its verdicts here, as JSONL.")] = None,
+    n: Annotated[int, typer.Option(min=1, help="Problems of each type of a built-in suite.")] = 36,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 192,
+    batch_size: Annotated[int, typer.Option(min=1, help="Answers generated side by side.")] = 32,
+    seed: Annotated[int, typer.Option(help="Which problems of a built-in suite.")] = 0,
+    dtype: Dtype = "float32",
+    revision: Revision = None,
+    device_map: DeviceMap = None,
+    allow_pickle: AllowPickle = False,
+    as_json: AsJson = False,
+) -> None:
+    """How often do a model's own answers pass? Greedy generation, strict and loose, with 95 % intervals."""
+    quiet()
+    from weightpatch.checkpoint import load_alone, read_dtype
+    from weightpatch.evaluation import evaluate
+    from weightpatch.suites import load_suite
+
+    problems = load_suite(suite, n=n, seed=seed)
+    with status(f"reading {model}"):
+        loaded, tokenizer = load_alone(
+            model,
+            base=base,
+            revision=revision,
+            dtype=read_dtype(dtype),
+            device_map=device_map,
+            allow_pickle=allow_pickle,
+        )
+    with counting("answers", len(problems.problems)) as on_done:
+        found = evaluate(
+            loaded, tokenizer, problems, max_new_tokens=max_new_tokens, batch_size=batch_size, on_done=on_done
+        )
+    if out:
+        found.save(out)
+    print_evaluation(found, as_json=as_json)
+
+
 @app.command()
 def anchor(
     path: RunPath,
@@ -259,13 +297,13 @@ def localize(
 @app.command()
 def report(path: RunPath, as_json: AsJson = False) -> None:
     """One stage: write a run's report.html again from what is measured."""
-    _quiet()
+    quiet()
     from weightpatch.report import write_report
     from weightpatch.run import Run
 
     opened = Run.open(path)
     write_report(opened)
-    _print_run(opened, as_json=as_json)
+    print_run(opened, as_json=as_json)
 
 
 def _config_of(path: Path) -> RunConfig:
@@ -285,7 +323,7 @@ def _run(
     any_adapter_base: bool = False,
 ) -> None:
     """Check what is cheap to check, load the pair, and do the stages one after another."""
-    _quiet()
+    quiet()
     from weightpatch.pair import ModelPair
     from weightpatch.prompts import ContrastPrompts
     from weightpatch.run import Run, check_free, config_changes, fit_anchors, measure_effects, refusal, start
@@ -296,7 +334,7 @@ def _run(
             raise refusal(earlier, changes)
     else:
         check_free(out)
-    with _status(f"reading {config.base} and {config.specialized}"):
+    with status(f"reading {config.base} and {config.specialized}"):
         prompts = ContrastPrompts.load(config.prompts, seed=config.seed, n_queries=config.n_queries)
         pair = ModelPair.from_pretrained(
             config.base,
@@ -316,115 +354,13 @@ def _run(
 
             write_report(opened)
         else:
-            _draw((fit_anchors if stage == "anchor" else measure_effects)(opened, pair))
-    _print_run(opened, as_json=as_json)
+            draw((fit_anchors if stage == "anchor" else measure_effects)(opened, pair))
+    print_run(opened, as_json=as_json)
 
 
-def _print_run(opened: Run, *, as_json: bool) -> None:
-    tasks = {task: _task_result(opened, task) for task in opened.tasks}
-    if as_json:
-        _print_json({"run": str(opened.path), "report": str(opened.report), "tasks": tasks})
-        return
-    for task, result in tasks.items():
-        fitted = result["anchor"]
-        if fitted is None:
-            print(f"{task}: no anchor yet")
-            continue
-        failed = [gate["name"] for gate in fitted["gates"] if not gate["passed"]]
-        verdict = f"unstable, failed {', '.join(failed)}" if failed else "every gate passed"
-        print(f"\n{task}: anchor at layer {fitted['layer']}, gap {fitted['gap']:.3g}, {verdict}")
-        if result["error"]:
-            print(f"  {result['error']}")
-        rows = [
-            (row["component"], f"{row['recovery']:+.1%}", f"{row['ci_low']:+.1%} to {row['ci_high']:+.1%}")
-            for row in result["effects"][:5]
-        ]
-        if rows:
-            _print_table(("component", "recovery", "95 % interval"), rows)
-    if opened.report.is_file():
-        print(f"\nreport: {opened.report}")
-
-
-def _task_result(opened: Run, task: str) -> dict[str, Any]:
-    """What `--json` says of one task."""
-    from dataclasses import asdict
-
-    if not (opened.folder(task) / "anchor.safetensors").is_file():
-        return {"anchor": None, "effects": [], "error": None}
-    fitted = opened.anchor(task)
-    about = asdict(fitted.report) if fitted.report else {"gap": None, "gates": []}
-    measured = (opened.folder(task) / "effects.parquet").is_file() and not opened.failure(task)
-    columns = ["component", "recovery", "ci_low", "ci_high"]
-    top = opened.effects(task).top(TOP, seed=opened.config.seed)[columns] if measured else None
-    return {
-        "anchor": {
-            "layer": fitted.layer,
-            "gap": about["gap"],
-            "stable": fitted.report.stable if fitted.report else None,
-            "gates": list(about["gates"]),
-        },
-        "effects": [] if top is None else top.to_dict(orient="records"),
-        "error": opened.failure(task),
-    }
-
-
-def _draw(steps: Iterator[Progress]) -> None:
-    """Show progress on stderr while a stage runs."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bars
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Bars(*columns, console=Console(stderr=True)) as bars:
-        shown: dict[tuple[str, str], Any] = {}
-        for step in steps:
-            key = (step.stage, step.task)
-            if key not in shown:
-                shown[key] = bars.add_task(f"{step.stage} {step.task}", total=step.total or None)
-            bars.update(shown[key], completed=step.done)
-        for bar in shown.values():
-            bars.update(bar, total=bars.tasks[bar].total or 1, completed=bars.tasks[bar].total or 1)
-
-
-@contextmanager
-def _status(text: str) -> Iterator[None]:
-    from rich.console import Console
-
-    with Console(stderr=True).status(text):
-        yield
-
-
-def _quiet() -> None:
+def quiet() -> None:
     """Keep transformers' bars and advice off stderr; its errors stay."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-
-
-def _print_table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
-    widths = [max(len(row[place]) for row in (head, *rows)) for place in range(len(head))]
-    for row in (head, *rows):
-        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        print("  " + "  ".join(cells))
-
-
-def _print_json(record: dict[str, Any]) -> None:
-    print(json.dumps(_finite(record), ensure_ascii=False, allow_nan=False))
-
-
-def _finite(value: Any) -> Any:
-    """JSON knows no NaN: null stands for it."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {str(key): _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def _fail(message: str, as_json: bool, code: int, fields: dict[str, Any] | None = None) -> None:
-    if as_json:
-        _print_json({**(fields or {}), "error": message})
-    else:
-        print(f"error: {message}", file=sys.stderr)
-    sys.exit(code)

@@ -24,6 +24,7 @@ from weightpatch.checkpoint import (
     load,
     read_adapter_config,
     read_config,
+    read_dtype,
     read_tokenizer,
     shapes,
     weight_files,
@@ -122,7 +123,7 @@ class ModelPair:
             any_adapter_base=any_adapter_base,
             prompts=prompts,
         )
-        as_dtype = _dtype(dtype)
+        as_dtype = read_dtype(dtype)
         model = load(checked.base, dtype=as_dtype, device_map=device_map, allow_pickle=allow_pickle)
         return cls(
             base=model,
@@ -215,13 +216,6 @@ def _no_pair(base: str, specialized: str, differences: list[str]) -> PairError:
         "architecture and vocabulary. What differs:",
         differences,
     )
-
-
-def _dtype(dtype: str | torch.dtype) -> torch.dtype:
-    named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(named, torch.dtype) or not named.is_floating_point:
-        raise PairError(f"unknown dtype {dtype!r}. Name float32, bfloat16, float16 or float64; 'auto' could differ.")
-    return named
 
 
 def _config_differences(base: PreTrainedConfig, specialized: PreTrainedConfig) -> list[str]:

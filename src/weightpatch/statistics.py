@@ -17,6 +17,7 @@ REAL_GAP = 0.1
 """A prompt's own gap counts in the mean of ratios from this share of the mean gap on (our choice)."""
 
 _CHUNK = 4096
+_Z = 1.959963984540054  # the normal quantile that leaves 2.5 % on either side
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +109,16 @@ def recovery(effects: Floats, gap: Floats, *, seed: int = 0) -> Recovery:
             part = slice(start, start + _CHUNK)
             low[part], high[part] = np.quantile(weights @ effects[part].T / gaps[:, None], _tails(), axis=0)
     return Recovery(ratio=ratio, low=low, high=high, mean_of_ratios=mean_of_ratios)
+
+
+def pass_rate(n_passed: int, n: int) -> Interval:
+    """Share of passes with its Wilson 95 % interval; NaN throughout when nothing was judged."""
+    if n == 0:
+        return Interval(estimate=float("nan"), low=float("nan"), high=float("nan"))
+    z, share = _Z, n_passed / n
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5
+    return Interval(estimate=share, low=max(0.0, centre - half), high=min(1.0, centre + half))
 
 
 def area_under_curve(positive: Floats, negative: Floats) -> float:

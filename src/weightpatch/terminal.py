@@ -1,0 +1,165 @@
+"""What the command line prints and draws: results on stdout, progress on stderr."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from weightpatch.evaluation import Evaluation
+    from weightpatch.run import Progress, Run
+
+TOP = 20
+"""Components that `--json` lists for each task."""
+
+
+def print_run(opened: Run, *, as_json: bool) -> None:
+    """Print what a run has found so far: a JSON object, or for each task its anchor and the leading components."""
+    tasks = {task: task_result(opened, task) for task in opened.tasks}
+    if as_json:
+        report = str(opened.report) if opened.report.is_file() else None
+        print_json({"run": str(opened.path), "report": report, "tasks": tasks})
+        return
+    for task, result in tasks.items():
+        fitted = result["anchor"]
+        if fitted is None:
+            print(f"{task}: no anchor yet")
+            continue
+        failed = [gate["name"] for gate in fitted["gates"] if not gate["passed"]]
+        verdict = f"unstable, failed {', '.join(failed)}" if failed else "every gate passed"
+        print(f"\n{task}: anchor at layer {fitted['layer']}, gap {fitted['gap']:.3g}, {verdict}")
+        if result["error"]:
+            print(f"  {result['error']}")
+        rows = [
+            (row["component"], f"{row['recovery']:+.1%}", f"{row['ci_low']:+.1%} to {row['ci_high']:+.1%}")
+            for row in result["effects"][:5]
+        ]
+        if rows:
+            print_table(("component", "recovery", "95 % interval"), rows)
+    if opened.report.is_file():
+        print(f"\nreport: {opened.report}")
+
+
+def task_result(opened: Run, task: str) -> dict[str, Any]:
+    """What `--json` says of one task."""
+    if not (opened.folder(task) / "anchor.safetensors").is_file():
+        return {"anchor": None, "effects": [], "error": None}
+    fitted = opened.anchor(task)
+    about = asdict(fitted.report) if fitted.report else {"gap": None, "gates": []}
+    measured = (opened.folder(task) / "effects.parquet").is_file() and not opened.failure(task)
+    columns = ["component", "recovery", "ci_low", "ci_high"]
+    top = opened.effects(task).top(TOP, seed=opened.config.seed)[columns] if measured else None
+    return {
+        "anchor": {
+            "layer": fitted.layer,
+            "gap": about["gap"],
+            "stable": fitted.report.stable if fitted.report else None,
+            "gates": list(about["gates"]),
+        },
+        "effects": [] if top is None else top.to_dict(orient="records"),
+        "error": opened.failure(task),
+    }
+
+
+def print_evaluation(found: Evaluation, *, as_json: bool) -> None:
+    """Print pass rates over the suite and by type, and which types could not be judged."""
+    rates, types = found.rates, found.types
+    if as_json:
+        print_json(
+            {
+                "suite": found.suite,
+                "n": rates.n,
+                "strict": asdict(rates.strict),
+                "loose": asdict(rates.loose),
+                "types": {name: asdict(own) for name, own in types.items()},
+                "unknown_types": found.unknown_types,
+            }
+        )
+        return
+    rows = [
+        (
+            name,
+            str(own.n),
+            f"{own.strict.estimate:.2f} [{own.strict.low:.2f}, {own.strict.high:.2f}]",
+            f"{own.loose.estimate:.2f}",
+        )
+        for name, own in {**types, "all checks": rates}.items()
+    ]
+    print_table(("type", "n", "strict [95 %]", "loose"), rows)
+    for name, count in found.unknown_types.items():
+        print(f"not judged: {count} of type {name}, for which there is no checker here")
+
+
+def draw(steps: Iterator[Progress]) -> None:
+    """Show progress on stderr while a stage runs."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Bars(*columns, console=Console(stderr=True)) as bars:
+        shown: dict[tuple[str, str], Any] = {}
+        for step in steps:
+            key = (step.stage, step.task)
+            if key not in shown:
+                shown[key] = bars.add_task(f"{step.stage} {step.task}", total=step.total or None)
+            bars.update(shown[key], completed=step.done)
+        for bar in shown.values():
+            if bars.tasks[bar].total is None:  # a stage that is not counted in components
+                bars.update(bar, total=1, completed=1)
+
+
+@contextmanager
+def counting(text: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar on stderr; call what it yields with how many are done."""
+    from rich.console import Console
+    from rich.progress import Progress as Bars
+
+    with Bars(console=Console(stderr=True)) as bars:
+        bar = bars.add_task(text, total=total)
+        yield lambda done: bars.update(bar, completed=done)
+
+
+@contextmanager
+def status(text: str) -> Iterator[None]:
+    """Show on stderr what is going on."""
+    from rich.console import Console
+
+    with Console(stderr=True).status(text):
+        yield
+
+
+def print_table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
+    """Print rows under a head, the first column to the left and the others to the right."""
+    widths = [max(len(row[place]) for row in (head, *rows)) for place in range(len(head))]
+    for row in (head, *rows):
+        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        print("  " + "  ".join(cells))
+
+
+def print_json(record: dict[str, Any]) -> None:
+    """Print one JSON object on one line; what is not finite becomes null."""
+    print(json.dumps(_finite(record), ensure_ascii=False, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows no NaN: null stands for it."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def fail(message: str, as_json: bool, code: int, fields: dict[str, Any] | None = None) -> NoReturn:
+    """End the program with an error: words on stderr, or one JSON object on stdout."""
+    if as_json:
+        print_json({**(fields or {}), "error": message})
+    else:
+        print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)
