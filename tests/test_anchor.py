@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 from conftest import build_model, build_pair
 from weightpatch import Anchor, ContrastPrompts, ModelPair, fit_anchor
-from weightpatch.errors import AnchorError
+from weightpatch.errors import AnchorError, PromptError
 from weightpatch.residuals import read_residuals
 
 
@@ -157,10 +158,30 @@ def test_an_anchor_of_another_model_is_refused() -> None:
 
 def test_too_few_queries_and_prompts_too_short_are_refused() -> None:
     pair = build_pair("llama-gqa")
-    with pytest.raises(AnchorError, match="3 different queries are too few"):
+    with pytest.raises(AnchorError, match="3 different queries of task are too few"):
         fit_anchor(pair, marked_prompts(3))
-    with pytest.raises(AnchorError, match="too few for readout positions"):
+    with pytest.raises(PromptError, match="prompt p0 has 9 tokens, too few for readout positions"):
         fit_anchor(pair, marked_prompts(), positions=[-40])
+
+
+def test_prompts_of_several_tasks_are_refused_with_the_way_to_choose_one() -> None:
+    rows = (replace(row, task=f"t{place % 2}") for place, row in enumerate(marked_prompts()))
+    with pytest.raises(AnchorError, match=r"2 tasks \(t0, t1\).*prompts\.of_task"):
+        fit_anchor(build_pair("llama-gqa"), ContrastPrompts(tuple(rows)))
+
+
+def test_a_layer_without_any_difference_is_passed_over_and_not_chosen() -> None:
+    queries = [[3 + place, 7, 9] for place in range(16)]
+    prompts = ContrastPrompts.from_token_ids(
+        with_instruction=[[*query, 40, 2] for query in queries], without_instruction=[[*query, 2] for query in queries]
+    )
+    pair = build_pair("llama-gqa", dtype=torch.float64)
+    for estimator in ("mean-difference", "principal-component"):
+        anchor = fit_anchor(pair, prompts, search=(0.0, 1.0), estimator=estimator)
+        assert anchor.report is not None
+        assert sorted(anchor.report.search) == [1, 2, 3]
+        with pytest.raises(AnchorError, match="the instruction changes nothing"):
+            fit_anchor(pair, prompts, layer=0, estimator=estimator)
 
 
 def test_a_file_that_is_no_anchor_is_refused(tmp_path: Path) -> None:

@@ -71,6 +71,7 @@ def test_units_and_addresses_can_be_named_together_and_are_counted_once() -> Non
         ("L1.N20", "N0 to N19"),
         ("headz", "unknown units: 'headz'"),
         ("", "unknown units"),
+        ("L01.mlp", "unknown units: 'L01.mlp'"),
     ],
 )
 def test_an_address_or_unit_that_does_not_exist_is_refused_with_what_there_is(name: str, message: str) -> None:
@@ -80,7 +81,6 @@ def test_an_address_or_unit_that_does_not_exist_is_refused_with_what_there_is(na
 
 def test_a_tied_output_head_is_no_component_of_its_own() -> None:
     architecture = Architecture.of(build_model("llama-mha", seed=1))
-    assert not architecture.has_own_unembed
     assert "unembed" not in map(str, components(architecture, "ends"))
     with pytest.raises(ComponentError, match="tied to embed's: patch embed"):
         slices(architecture, Component.parse("unembed"))

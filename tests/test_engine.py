@@ -12,7 +12,8 @@ from conftest import SHAPES, build_pair
 from weightpatch import Anchor, ContrastPrompts, ModelPair, fit_anchor, localize, patched
 from weightpatch.component import LEVELS, UNITS, Component, partition
 from weightpatch.engine import swap
-from weightpatch.errors import AnchorError, ComponentError
+from weightpatch.errors import AnchorError, ArchitectureError, ComponentError
+from weightpatch.localization import plan, sweep
 from weightpatch.residuals import evaluating
 
 FAMILIES = sorted(SHAPES)
@@ -122,6 +123,39 @@ def test_weights_come_back_bit_for_bit_when_the_body_raises() -> None:
     with pytest.raises(KeyError), patched(pair, "heads,blocks,L0.H1,embed"):
         raise KeyError
     assert_unchanged(pair.base, before)
+
+
+def test_an_unknown_recipient_is_refused_instead_of_patching_the_other_model() -> None:
+    with (
+        pytest.raises(ComponentError, match="unknown recipient 'bsae'"),
+        patched(build_pair("gpt2"), "L0", recipient="bsae"),  # type: ignore[arg-type]
+    ):
+        pytest.fail("it was patched")
+
+
+def test_a_sweep_left_half_way_leaves_the_callers_modes_alone(token_prompts: ContrastPrompts) -> None:
+    pair = build_pair("gpt2")
+    pair.base.train()
+    anchor = make_anchor(2)
+    steps = sweep(pair, token_prompts, anchor, plan(pair, anchor, "heads")[0])
+    next(steps)
+    assert pair.base.training
+    assert torch.is_grad_enabled()
+    with torch.no_grad():
+        del steps
+        assert not torch.is_grad_enabled()
+    assert torch.is_grad_enabled()
+
+
+def test_hooks_on_whole_layers_are_refused_by_the_engine_that_would_pass_them_by(
+    token_prompts: ContrastPrompts,
+) -> None:
+    pair = build_pair("llama-gqa")
+    handle = pair.base.model.layers[0].register_forward_hook(lambda _module, _args, output: output * 1.5)
+    with pytest.raises(ArchitectureError, match=r'layer 0 of the base has forward hooks.*engine="swap"'):
+        localize(pair, token_prompts, make_anchor(2), units="heads")
+    assert localize(pair, token_prompts, make_anchor(2), units="L0.H1", engine="swap").per_prompt.shape == (1, 6)
+    handle.remove()
 
 
 def test_localize_leaves_both_models_as_they_were(token_prompts: ContrastPrompts) -> None:
@@ -251,11 +285,12 @@ def test_on_the_bundled_pair_suffix_equals_swap_and_a_partition_gives_the_specia
     dtype: torch.dtype,
 ) -> None:
     pair = ModelPair.from_pretrained("tiny:base", "tiny:specialized", dtype=dtype)
-    prompts = ContrastPrompts.load("instructions:sections", n_queries=4)
+    prompts = ContrastPrompts.load("instructions:sections", n_queries=12)
     anchor = fit_anchor(pair, prompts.split("fit"), layer=7)
+    measured = ContrastPrompts(prompts.split("localize").rows[:4])
     neurons = [f"L{layer}.N{index}" for layer in range(7) for index in (0, 100 + layer, 383)]
     units = [*(unit for unit in UNITS if unit != "neurons"), *neurons]
-    fast, slow = (localize(pair, prompts.split("localize"), anchor, units=units, engine=e) for e in ("suffix", "swap"))
+    fast, slow = (localize(pair, measured, anchor, units=units, engine=e) for e in ("suffix", "swap"))
     assert {component.unit for component in slow.components} == set(UNITS) - {"rests"}  # it has no biases
     gap = float(slow.gap.mean())
     assert float(slow.per_prompt.max()) > 0.1 * gap

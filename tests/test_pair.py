@@ -19,6 +19,7 @@ from weightpatch import ContrastPrompts, ModelPair
 from weightpatch.checkpoint import find, weight_files
 from weightpatch.difference import weight_differences
 from weightpatch.errors import CheckpointError, PairError, PromptError, WeightpatchError
+from weightpatch.pair import _same_name, check_prompts
 
 Save = Callable[..., Path]
 
@@ -257,6 +258,81 @@ def test_an_adapter_whose_shapes_do_not_fit_is_refused_before_anything_loads(sav
     assert "does not fit the base's model.layers.0.self_attn.q_proj, [32, 24]" in message
 
 
+def test_an_adapter_that_lacks_some_of_its_weights_is_refused_instead_of_filled_at_random(
+    save: Save, tmp_path: Path
+) -> None:
+    base = save("base")
+    write_adapter(build_model("llama-gqa", seed=1), tmp_path / "adapter", base_name=str(base))
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file({name: tensor for name, tensor in load_file(file).items() if "layers.1" not in name}, file)
+    message = refuse(CheckpointError, base, tmp_path / "adapter")
+    assert "incomplete or does not fit its config" in message
+    assert "layers.1.mlp.down_proj.lora_A.weight" in message
+
+
+@pytest.mark.parametrize(
+    ("trained_on", "base", "same"),
+    [
+        ("HuggingFaceTB/SmolLM2-135M-Instruct", "models/SmolLM2-135M-Instruct.Q4_1.gguf", True),
+        ("org/Model", "/somewhere/model/", True),
+        ("org/Llama-2-7b", "org/Llama-2-7b-chat-hf", False),
+        ("org/Llama-3", "org/Llama-3.1", False),
+    ],
+)
+def test_names_of_two_models_that_only_begin_alike_are_not_the_same(trained_on: str, base: str, same: bool) -> None:
+    assert _same_name(trained_on, base) == same
+
+
+def test_a_pickled_adapter_needs_permission_and_then_works(save: Save, tmp_path: Path) -> None:
+    base = save("base")
+    write_adapter(build_model("llama-gqa", seed=1), tmp_path / "adapter", base_name=str(base))
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    torch.save(load_file(file), file.with_suffix(".bin"))
+    file.unlink()
+    assert "--allow-pickle" in refuse(CheckpointError, base, tmp_path / "adapter")
+    assert ModelPair.from_pretrained(base, tmp_path / "adapter", allow_pickle=True).architecture.n_layers == 3
+
+
+def test_parameters_that_the_config_has_no_place_for_are_refused_instead_of_dropped(save: Save) -> None:
+    base, other = save("base"), save("other", seed=2)
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.layers.0.self_attn.q_norm.weight"] = torch.ones(6)
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    assert "has no place for: model.layers.0.self_attn.q_norm.weight" in refuse(CheckpointError, base, other)
+
+
+def test_a_damaged_index_of_shards_is_named(save: Save) -> None:
+    base, other = save("base"), save("other", seed=2, max_shard_size="12KB")
+    index = other / "model.safetensors.index.json"
+    index.write_text(index.read_text()[:50])
+    assert "model.safetensors.index.json in other is truncated or damaged" in refuse(CheckpointError, base, other)
+
+
+def test_a_pair_follows_its_modules_when_they_are_moved_or_changed() -> None:
+    pair = ModelPair(base=build_model("llama-gqa", seed=1), specialized=build_model("llama-gqa", seed=2))
+    name = "model.layers.0.mlp.up_proj.weight"
+    pair.specialized.double()
+    with torch.no_grad():
+        pair.specialized.get_parameter(name)[0, 0] = 7
+    assert pair.specialized_weight(name)[0, 0] == 7
+    assert pair.specialized_weight(name).dtype == torch.float64
+
+
+def test_what_is_no_model_or_not_in_memory_is_no_pair() -> None:
+    base = build_model("llama-gqa", seed=1)
+    with pytest.raises(PairError, match="the specialized is a NoneType"):
+        ModelPair(base=base, specialized=None)  # type: ignore[arg-type]
+    with pytest.raises(CheckpointError, match="are not in memory"):
+        ModelPair(base=base, specialized=build_model("llama-gqa", seed=2).to("meta"))  # type: ignore[arg-type]
+
+
+def test_a_prompt_longer_than_a_learned_position_table_is_refused() -> None:
+    pair = ModelPair(base=build_model("gpt2", seed=1), specialized=build_model("gpt2", seed=2))
+    prompts = ContrastPrompts.from_token_ids(with_instruction=[[1] * 65], without_instruction=[[1]])
+    with pytest.raises(PromptError, match="prompt p0 has 65 tokens; this model reads 64"):
+        check_prompts(pair, prompts)
+
+
 def test_an_adapter_cannot_be_the_base(save: Save, tmp_path: Path) -> None:
     base = save("base")
     write_adapter(build_model("llama-gqa", seed=1), tmp_path / "adapter", base_name=str(base))
@@ -274,8 +350,6 @@ def test_modules_in_memory_are_held_to_the_same_rules() -> None:
 
 
 def test_text_needs_a_tokenizer_and_ids_must_be_in_the_vocabulary(tmp_path: Path) -> None:
-    from weightpatch.pair import check_prompts
-
     pair = ModelPair(base=build_model("llama-gqa", seed=1), specialized=build_model("llama-gqa", seed=2))
     ids = ContrastPrompts.from_token_ids(with_instruction=[[1, 61]], without_instruction=[[1]])
     with pytest.raises(PromptError, match="prompt p0: token id 61 is outside the vocabulary of 61 tokens"):

@@ -27,6 +27,30 @@ def test_queries_are_dealt_to_disjoint_splits_that_depend_on_the_seed_alone(tmp_
     assert ContrastPrompts.load(file, seed=1).rows != prompts.rows
 
 
+def test_each_tasks_queries_are_dealt_evenly_whatever_the_seed(tmp_path: Path) -> None:
+    rows = [{"prompt": f"{task} {n}", "instruction": "i", "task": task} for task in "ab" for n in range(12)]
+    shared = [{"prompt": f"a {n}", "instruction": "i", "task": "c"} for n in range(6)]
+    for seed in range(10):
+        prompts = ContrastPrompts.load(write(tmp_path, *rows, *shared), seed=seed)
+        assert [len(prompts.of_task(task).split(split)) for task in "ab" for split in SPLITS] == [4] * 6
+        splits = {(row.query, row.split) for row in prompts}
+        assert len(splits) == 24
+
+
+def test_a_query_named_in_two_splits_is_refused(tmp_path: Path) -> None:
+    rows = [{"prompt": "q", "instruction": str(n), "split": SPLITS[n]} for n in range(2)]
+    with pytest.raises(PromptError, match="the query 'q' is in two splits"):
+        ContrastPrompts.load(write(tmp_path, *rows))
+
+
+def test_line_separators_inside_a_prompt_are_part_of_it(tmp_path: Path) -> None:
+    text = "one\u2028two\u0085three"
+    file = write(tmp_path, json.dumps({"prompt": text, "instruction": "i"}, ensure_ascii=False))
+    assert ContrastPrompts.load(file).rows[0].prompt == text
+    with pytest.raises(PromptError, match="half a surrogate pair"):
+        ContrastPrompts.load(write(tmp_path, '{"prompt": "x\\ud800", "instruction": "i"}'))
+
+
 def test_splits_and_tasks_that_the_file_names_are_kept(tmp_path: Path) -> None:
     rows = [
         {"prompt": f"q{n}", "instruction": "i", "task": "b" if n % 2 else "a", "split": SPLITS[n % 3], "id": f"x{n}"}

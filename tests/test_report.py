@@ -88,7 +88,13 @@ def make_run(
     folder.mkdir(parents=True)
     write_whole(folder / "manifest.json", json.dumps(manifest))
     rows = [
-        {"id": f"{task}-{split}", "task": task, "prompt": prompt, "instruction": f"Use a {task}.", "split": split}
+        {
+            "id": f"{task}-{split}",
+            "task": task,
+            "prompt": prompt if split == "localize" else split,
+            "instruction": f"Use a {task}.",
+            "split": split,
+        }
         for task in tasks
         for split in ("fit", "localize", "validate")
     ]
@@ -106,7 +112,7 @@ def make_anchor(*, stable: bool = True) -> Anchor:
         Gate(name="auc", value=0.97 if stable else 0.61, threshold=0.9, passed=stable, meaning="told apart"),
     )
     report = AnchorReport(
-        estimator="mean-difference", gates=gates, gap=4.0, gap_low=3.0, gap_high=5.0, n_prompts=6,
+        estimator="mean-difference", gates=gates, gap=4.0, gap_low=3.0, gap_high=5.0, n_prompts=6, n_held_out=3,
         search={2: 1.5, 3: 2.5}, levels=Levels(base_with=1, base_without=0, specialized_with=5, specialized_without=0),
     )  # fmt: skip
     return Anchor(layer=ANCHOR_LAYER, direction=torch.eye(8)[0], report=report)
@@ -117,6 +123,7 @@ def write_effects(folder: Path, units: tuple[str, ...], *, place: int, n_prompts
     gap = torch.linspace(3, 5, n_prompts, dtype=torch.float64)
     past = [address for address in addresses if address.startswith(f"L{ANCHOR_LAYER}")]
     reference: dict[str, object] = {"base": [1.0] * n_prompts, "specialized": (1 + gap).tolist(), "past_anchor": past}
+    reference["queries"] = [f"q{number}" for number in range(n_prompts)]
     reference["planned"] = [address for address in addresses if address not in past]
     reference |= {"prompts": [f"p{number}" for number in range(n_prompts)], "failure": FAILURE if failed else None}
     write_whole(folder / "reference.json", json.dumps(reference))

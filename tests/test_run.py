@@ -19,7 +19,7 @@ from conftest import build_pair
 from weightpatch import Anchor, ContrastPrompts, ModelPair
 from weightpatch.errors import NoGapError, PromptError, RunError, WeightpatchError
 from weightpatch.prompts import SPLITS, ContrastPrompt
-from weightpatch.run import Run, RunConfig, fit_anchors, measure_effects, start
+from weightpatch.run import Run, RunConfig, alone, check_folder, fit_anchors, measure_effects, start
 
 CONFIG = RunConfig(base="b", specialized="s", units="heads,mlps", layer=2)
 
@@ -125,9 +125,60 @@ def test_a_changed_setting_is_refused_with_every_field_that_differs(tmp_path: Pa
     run, pair = measured_run(tmp_path)
     other = CONFIG.model_copy(update={"units": "heads", "seed": 3})
     with pytest.raises(RunError) as caught:
-        start(other, pair, letter_prompts(("quotation",)), run.path)
-    for part in ("units: 'heads,mlps' then, 'heads' now", "seed: 0 then, 3 now", "the contents of prompts changed"):
+        start(other, pair, letter_prompts(), run.path)
+    for part in ("units: 'heads,mlps' then, 'heads' now", "seed: 0 then, 3 now"):
         assert part in str(caught.value)
+    with torch.no_grad():
+        pair.base.model.norm.weight[0] += 1
+    with pytest.raises(RunError) as caught:
+        start(CONFIG, pair, letter_prompts(("quotation",)), run.path)
+    for part in ("the contents of base changed", "the contents of prompts changed"):
+        assert part in str(caught.value)
+
+
+def test_settings_may_change_as_long_as_nothing_was_found_with_them(tmp_path: Path) -> None:
+    pair = letter_pair()
+    start(CONFIG, pair, letter_prompts(), tmp_path / "run")
+    run = start(CONFIG.model_copy(update={"seed": 3}), pair, letter_prompts(), tmp_path / "run")
+    assert run.config.seed == 3
+
+
+def test_a_run_whose_own_files_were_changed_is_not_continued(tmp_path: Path) -> None:
+    run, pair = measured_run(tmp_path)
+    prompts, effects = run.path / "prompts.jsonl", run.folder("title") / "effects.jsonl"
+    whole = prompts.read_text()
+    prompts.write_text(whole.replace("tea", "rum"))
+    with pytest.raises(RunError, match=r"prompts\.jsonl changed since"):
+        start(CONFIG, pair, letter_prompts(), run.path)
+    prompts.write_text(whole)
+    lines = effects.read_text()
+    for wrong in ('{"component": "L2.mlp", "effects": [1, 2, 3, 4, 5, 6]}', '{"component": "L0.mlp", "effects": [1]}'):
+        effects.write_text(lines.splitlines()[0] + "\n" + wrong + "\n")
+        with pytest.raises(RunError, match="which is not what this run measures"):
+            list(measure_effects(run, pair))
+    effects.write_text(lines)
+    Anchor(layer=2, direction=torch.ones(24)).save(run.folder("title") / "anchor.safetensors")
+    with pytest.raises(RunError, match="the anchor of 'title' changed"):
+        list(measure_effects(run, pair))
+
+
+def test_two_processes_cannot_work_on_one_run(tmp_path: Path) -> None:
+    with alone(tmp_path / "run"), pytest.raises(RunError, match="another process is at work"), alone(tmp_path / "run"):
+        pytest.fail("the second got in")
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_any_model_is_loaded(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="cannot be made"):
+        check_folder(tmp_path / "file" / "run", CONFIG)
+    with pytest.raises(RunError, match="cannot"), alone(Path("/proc/nowhere/run")):
+        pytest.fail("it was made")
+
+
+def test_a_task_that_a_run_does_not_have_is_named_with_those_it_has(tmp_path: Path) -> None:
+    run, _ = measured_run(tmp_path)
+    with pytest.raises(RunError, match=r"has no task 'titel'\. Its tasks: title"):
+        run.reference("titel")
 
 
 def test_a_folder_with_other_things_in_it_is_left_alone(tmp_path: Path) -> None:
@@ -199,7 +250,7 @@ def test_settings_that_a_later_stage_would_stumble_over_are_refused_before_the_f
     with pytest.raises(WeightpatchError, match=message):
         start(CONFIG.model_copy(update=changes), letter_pair(), letter_prompts(), tmp_path / "run")
     few = ContrastPrompts(tuple(row for row in letter_prompts() if int(row.id.split("-")[1]) < 9))
-    with pytest.raises(WeightpatchError, match="3 different queries are too few"):
+    with pytest.raises(WeightpatchError, match="3 different queries of title are too few"):
         start(CONFIG, letter_pair(), few, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

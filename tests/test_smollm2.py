@@ -6,6 +6,7 @@ The adapter is trained for seconds only: enough to move the model, not to teach 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -85,7 +86,8 @@ def test_the_pair_loads_and_the_adapter_moved_every_attention_and_mlp(pair: Mode
 
 def test_localize_runs_and_the_fast_engine_equals_real_swaps(pair: ModelPair) -> None:
     prompts = ContrastPrompts.load("instructions:capitals", n_queries=6)
-    anchor = fit_anchor(pair, prompts.split("fit"), layer=20)
+    fitted = fit_anchor(pair, prompts.split("fit"), layer=20)
+    anchor = replace(fitted, report=None)  # ten steps of training need not give a stable one
     units = "L0.mlp,L3.attn,L3.H4,L7.KV2,L11.H8.q,L15.H0.o,L18.mlp,L19.N700,L19.H2,L19"
     fast, slow = (localize(pair, prompts.split("localize"), anchor, units=units, engine=e) for e in ("suffix", "swap"))
     gap = float(slow.gap.abs().mean())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from weightpatch.errors import AnchorError
-from weightpatch.pair import ModelPair
+from weightpatch.pair import ModelPair, check_prompts
 from weightpatch.prompts import ContrastPrompts, TokenizedPrompts
 from weightpatch.residuals import BATCH_TOKENS, read_residuals
 from weightpatch.statistics import Floats, area_under_curve, mean_interval
@@ -75,8 +75,9 @@ class AnchorReport:
         gap: Mean specialized minus base readout on prompts with their instruction, held-out half.
         gap_low: Lower end of its 95 % interval.
         gap_high: Upper end.
-        search: Layer -> mean(gap) / std(gap) on the held-out half, what the layer was chosen by.
+        search: Layer -> mean(gap) / std(gap) within the first half, what the layer was chosen by.
         n_prompts: Prompts used.
+        n_held_out: Those among them that the gates were measured on.
     """
 
     estimator: str
@@ -87,6 +88,7 @@ class AnchorReport:
     gap_high: float
     search: Mapping[int, float]
     n_prompts: int
+    n_held_out: int
 
     @property
     def stable(self) -> bool:
@@ -111,7 +113,7 @@ class Anchor:
     """
 
     layer: int
-    direction: Tensor
+    direction: Tensor = field(repr=False)
     positions: Sequence[int] = (-1,)
     readout: Readout = "projection"
     report: AnchorReport | None = None
@@ -123,12 +125,15 @@ class Anchor:
         norm = float(direction.norm())
         if not math.isfinite(norm) or norm == 0:
             raise AnchorError(f"the direction has norm {norm}; give a finite vector that is not 0.")
-        if self.layer < 0 or not self.positions:
-            raise AnchorError("an anchor needs a layer from 0 on and at least one readout position.")
+        positions = (self.positions,) if isinstance(self.positions, int) else tuple(self.positions)
+        whole = all(isinstance(number, int) for number in (self.layer, *positions))
+        if not whole or self.layer < 0 or not positions:
+            raise AnchorError("an anchor needs a layer from 0 on and at least one readout position, as whole numbers.")
         if self.readout not in get_args(Readout):
             raise AnchorError(f"unknown readout {self.readout!r}. Choose one of {', '.join(get_args(Readout))}.")
-        object.__setattr__(self, "direction", direction / norm)
-        object.__setattr__(self, "positions", tuple(int(position) for position in self.positions))
+        # A direction of norm 1 stays as it is, so that saving and loading changes no bit.
+        object.__setattr__(self, "direction", direction if abs(norm - 1) < 1e-12 else direction / norm)
+        object.__setattr__(self, "positions", positions)
 
     def read(self, residual: Tensor) -> Tensor:
         """The readout of residuals at the readout positions, averaged over these.
@@ -207,16 +212,17 @@ def fit_anchor(
 ) -> Anchor:
     """Fit the direction in which the specialized model moves when the instruction is added, at the best layer.
 
-    The queries are dealt to two halves. On one a direction is fitted at every layer; the other chooses the layer by
-    mean(gap) / std(gap) and gives the gates' values, so that neither is measured on what was fitted. The direction
-    that is returned is then fitted on all prompts.
+    The queries are dealt to two halves. Within the first, directions fitted on one quarter and tried on the other
+    choose the layer by mean(gap) / std(gap). The gates are measured on the second half with the direction fitted on
+    the first, so on prompts that neither chose the layer nor made the direction. The direction returned is fitted on
+    all prompts.
 
     Args:
         pair: The two models.
         prompts: All of them are used; at least four queries.
         layer: Fix the layer instead of searching it.
         positions: Readout positions; negative ones count from the end of each prompt. Their residuals are averaged.
-        estimator: Mean of the differences, or their first principal component (pointing the same way).
+        estimator: Mean of the differences, or their first principal component, not centred (pointing the same way).
         readout: What the anchor's readout will be.
         search: Part of the depth that is searched.
         batch_tokens: Most tokens of one forward pass.
@@ -225,11 +231,18 @@ def fit_anchor(
         The anchor with its report. Whether it is stable is for the caller to look at: `anchor.report.stable`.
 
     Raises:
-        AnchorError: too few queries, or no difference to fit.
+        AnchorError: too few queries, more than one task, or no difference to fit.
+        PromptError: prompts that the models cannot read.
 
     Source:
         Method section 1. Difference in means at the last prompt token is the consensus; thresholds are our choice.
     """
+    if len(prompts.tasks) > 1:
+        raise AnchorError(
+            f"these prompts hold {len(prompts.tasks)} tasks ({', '.join(prompts.tasks)}). An anchor belongs to one: "
+            "fit it on prompts.of_task(...)."
+        )
+    check_prompts(pair, prompts, positions=positions)
     tokenized = prompts.tokenize(pair.tokenizer)
     n_layers = pair.architecture.n_layers
     layers = _candidates(n_layers, search) if layer is None else [layer]
@@ -237,35 +250,53 @@ def fit_anchor(
         raise AnchorError(f"layer {layer} is outside this model's residual streams 0 to {n_layers}.")
     first, second = halves(prompts)
     streams = _Streams.read(pair, tokenized, layers=layers, positions=positions, batch_tokens=batch_tokens)
-    trials = [
-        Anchor(layer=at, direction=streams.direction(place, first, estimator), positions=positions, readout=readout)
-        for place, at in enumerate(layers)
-    ]
-    gaps = [streams.gap(trial, place)[second] for place, trial in enumerate(trials)]
-    strength = [float(gap.mean() / gap.std(ddof=1)) if gap.std(ddof=1) > 0 else 0.0 for gap in gaps]
-    best = int(np.argmax(strength))
     everything = np.arange(len(prompts))
-    final = Anchor(
-        layer=layers[best],
-        direction=streams.direction(best, everything, estimator),
-        positions=positions,
-        readout=readout,
-    )
-    other = streams.direction(best, second, estimator)
-    cosine = float(torch.nn.functional.cosine_similarity(trials[best].direction, other, dim=0))
-    gap = mean_interval(gaps[best])
-    reads = {side: streams.read_side(trials[best], best, side)[second] for side in ("s_with", "s_without")}
+
+    def trial(place: int, chosen: Indices) -> Anchor | None:
+        direction = streams.direction(place, chosen, estimator)
+        if direction is None:
+            return None
+        return Anchor(layer=layers[place], direction=direction, positions=positions, readout=readout)
+
+    # Within the first half, each quarter's direction is tried on the other: the second half stays out of the choice.
+    quarters = _deal(prompts, first)
+    strength: dict[int, float] = {}
+    for place, at in enumerate(layers):
+        fits = [trial(place, quarter) for quarter in quarters]
+        if fits[0] is not None and fits[1] is not None and trial(place, first) and trial(place, second):
+            pairs = zip(fits, reversed(quarters), strict=True)
+            strength[at] = _strength(np.concatenate([streams.gap(fit, place)[other] for fit, other in pairs if fit]))
+    if not strength:
+        raise AnchorError(
+            f"the instruction changes nothing at the readout positions {list(positions)} of layers {layers[0]} to "
+            f"{layers[-1]}: prompts with and without it end alike there. Try a later layer or other positions."
+        )
+    best = layers.index(max(strength, key=lambda at: strength[at]))
+    fitted, other, final = trial(best, first), trial(best, second), trial(best, everything)
+    if fitted is None or other is None or final is None:
+        raise AnchorError("the differences of the two halves of the prompts cancel out. Give more prompts.")
+    gap = mean_interval(streams.gap(fitted, best)[second], groups=[prompts.rows[place].query for place in second])
+    reads = {side: streams.read_side(fitted, best, side)[second] for side in ("s_with", "s_without")}
     report = AnchorReport(
         estimator=estimator,
-        gates=_gates(cosine, area_under_curve(reads["s_with"], reads["s_without"]), gap.low),
+        gates=_gates(
+            float(fitted.direction @ other.direction), area_under_curve(reads["s_with"], reads["s_without"]), gap.low
+        ),
         levels=streams.levels(final, best),
         gap=gap.estimate,
         gap_low=gap.low,
         gap_high=gap.high,
-        search={at: round(value, 6) for at, value in zip(layers, strength, strict=True)},
+        search={at: round(value, 6) for at, value in strength.items()},
         n_prompts=len(prompts),
+        n_held_out=len(second),
     )
-    return Anchor(layer=final.layer, direction=final.direction, positions=positions, readout=readout, report=report)
+    return replace(final, report=report)
+
+
+def _strength(gap: Floats) -> float:
+    """Mean over spread; 0 where there is no spread, which only readouts without any gap have."""
+    spread = float(gap.std(ddof=1)) if len(gap) > 1 else 0.0
+    return float(gap.mean()) / spread if spread > 0 else 0.0
 
 
 def _gates(cosine: float, auc: float, gap_low: float) -> tuple[Gate, ...]:
@@ -309,14 +340,21 @@ def halves(prompts: ContrastPrompts) -> tuple[Indices, Indices]:
     Raises:
         AnchorError: fewer than four queries.
     """
-    queries = {query: place for place, query in enumerate(dict.fromkeys(row.query for row in prompts))}
+    queries = {row.query for row in prompts}
     if len(queries) < 4:
         raise AnchorError(
-            f"{len(queries)} different queries are too few to fit an anchor and test it on others. Give at least 4, "
-            "or make the anchor by hand: Anchor(layer=, direction=, positions=)."
+            f"{len(queries)} different queries of {', '.join(prompts.tasks)} are too few to fit an anchor and test it "
+            "on others: 4 are needed, so 10 where they are dealt to the three splits. In Python an anchor can also be "
+            "made by hand: Anchor(layer=, direction=, positions=)."
         )
-    parity = np.array([queries[row.query] % 2 for row in prompts])
-    return np.flatnonzero(parity == 0), np.flatnonzero(parity == 1)
+    return _deal(prompts, np.arange(len(prompts)))
+
+
+def _deal(prompts: ContrastPrompts, chosen: Indices) -> tuple[Indices, Indices]:
+    """Some prompts in two parts, every other query of theirs in each."""
+    queries = {query: place for place, query in enumerate(dict.fromkeys(prompts.rows[at].query for at in chosen))}
+    parity = np.array([queries[prompts.rows[at].query] % 2 for at in chosen])
+    return chosen[parity == 0], chosen[parity == 1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -346,11 +384,13 @@ class _Streams:
         }
         return cls(sides=sides)
 
-    def direction(self, place: int, chosen: Indices, estimator: str) -> Tensor:
-        """Direction of the layer at `place` from the chosen prompts, shape `(feature,)`, unit norm."""
+    def direction(self, place: int, chosen: Indices, estimator: str) -> Tensor | None:
+        """Direction of the layer at `place` from the chosen prompts, `(feature,)`, norm 1; None without differences."""
         with_, without = self.sides["s_with"][place, chosen], self.sides["s_without"][place, chosen]
         differences = (with_ - without).to(torch.float64).mean(dim=1)
         mean = differences.mean(dim=0)
+        if float(mean.norm()) == 0:
+            return None
         if estimator == "mean-difference":
             direction = mean
         elif estimator == "principal-component":
@@ -358,8 +398,6 @@ class _Streams:
             direction = direction if float(direction @ mean) >= 0 else -direction
         else:
             raise AnchorError(f"unknown estimator {estimator!r}. Choose one of {', '.join(get_args(Estimator))}.")
-        if float(direction.norm()) == 0:
-            raise AnchorError("the instruction changes nothing at the readout positions: the prompts end alike there.")
         unit: Tensor = direction / direction.norm()
         return unit
 

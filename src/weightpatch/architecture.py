@@ -24,7 +24,7 @@ class Family:
 
     Attributes:
         layers: The list of decoder layers, seen from the model.
-        embed: Modules that make the residual stream entering layer 0: token and position embeddings.
+        embed: Modules that make the residual stream entering layer 0: the token embedding, then learned positions.
         norm: The norm behind the last layer.
         unembed: The output head.
         q: Query projection. A head owns its rows.
@@ -168,9 +168,10 @@ class Architecture:
         return self.n_heads // self.n_kv_heads
 
     @property
-    def has_own_unembed(self) -> bool:
-        """Whether the output head holds a parameter of its own, not one tied to the embedding."""
-        return any(name.startswith(self.family.unembed + ".") for name in self.parameters)
+    def n_positions(self) -> int | None:
+        """Positions that a learned table holds; None where positions are computed."""
+        tables = [self.parameters[f"{path}.weight"] for path in self.family.embed[1:]]
+        return min(shape[0] for shape in tables) if tables else None
 
     def layer_prefix(self, layer: int) -> str:
         """What every parameter name of this layer starts with, with the trailing dot."""
@@ -252,6 +253,21 @@ def _check_row(architecture: Architecture, model: PreTrainedModel) -> None:
                     faults.append(f"{prefix}{module}.weight is {list(shape)}, axis {axis} should be {expected}")
     named = (*family.embed, family.norm)
     faults += [f"{path} has no parameters" for path in named if not architecture.parameters_under(path)]
+    inside = {
+        family.q,
+        family.k,
+        family.v,
+        family.o,
+        *family.attn_rest,
+        family.mlp,
+        *family.norm_attn,
+        *family.norm_mlp,
+    }
+    owners = [f"{architecture.layer_prefix(layer)}{path}." for layer in range(architecture.n_layers) for path in inside]
+    owners += [f"{path}." for path in (*named, family.unembed)]
+    faults += [
+        f"nothing in the row owns {name}" for name in architecture.parameters if not name.startswith(tuple(owners))
+    ]
     if len(layers_of(model)) != architecture.n_layers:
         faults.append(f"{len(layers_of(model))} layers, the config says {architecture.n_layers}")
     if faults:

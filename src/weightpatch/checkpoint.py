@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import struct
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -65,6 +66,8 @@ def find(reference: str | Path, *, revision: str | None = None) -> Checkpoint:
     if str(reference) in BUNDLED:
         folder = Path(__file__).parent / "data" / str(reference).replace(":", "/")
         return _in_folder(str(reference), folder)
+    if str(reference).startswith("tiny:"):
+        raise CheckpointError(f"{reference!r} is no bundled model. Those are {' and '.join(BUNDLED)}.")
     path = Path(reference).expanduser()
     if path.is_file():
         if path.suffix != ".gguf":
@@ -109,7 +112,12 @@ def weight_files(checkpoint: Checkpoint, *, allow_pickle: bool = False) -> tuple
     stem = "adapter_model" if checkpoint.kind == "adapter" else "model"
     index = checkpoint.path / f"{stem}.safetensors.index.json"
     if index.is_file():
-        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        try:
+            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise CheckpointError(
+                f"{index.name} in {checkpoint.path.name} is truncated or damaged ({error}). Download or copy it again."
+            ) from error
         files = tuple(checkpoint.path / shard for shard in shards)
     else:
         files = (checkpoint.path / f"{stem}.safetensors",)
@@ -216,7 +224,7 @@ def load(
     if checkpoint.kind == "adapter":
         if base is None:
             raise CheckpointError(f"{checkpoint.reference} is an adapter. Only the specialized side can be one.")
-        return _load_adapter(checkpoint, copy.deepcopy(base))
+        return _load_adapter(checkpoint, copy.deepcopy(base), allow_pickle=allow_pickle)
     folder, gguf = _source(checkpoint)
     weight_files(checkpoint, allow_pickle=allow_pickle)
     try:
@@ -229,7 +237,7 @@ def load(
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, EOFError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, AssertionError, SafetensorError, EOFError) as error:
         raise CheckpointError(f"cannot read the weights of {checkpoint.reference}: {error}") from error
     model: PreTrainedModel
     model, info = loaded
@@ -239,6 +247,12 @@ def load(
         raise CheckpointError(
             f"{checkpoint.reference} lacks {len(absent)} of the model's parameters, or holds them in other shapes: "
             f"{listed}. They would be random; get a complete checkpoint."
+        )
+    if unexpected := sorted(info["unexpected_keys"]):
+        listed = ", ".join(unexpected[:6]) + (f" and {len(unexpected) - 6} more" if len(unexpected) > 6 else "")
+        raise CheckpointError(
+            f"{checkpoint.reference} holds {len(unexpected)} parameters that its config has no place for: {listed}. "
+            "They would be dropped; mend the config, or get the matching one."
         )
     model.train(False)
     return model
@@ -294,15 +308,31 @@ def read_dtype(dtype: str | torch.dtype) -> torch.dtype:
     return named
 
 
-def _load_adapter(checkpoint: Checkpoint, base: PreTrainedModel) -> PreTrainedModel:
-    from peft import PeftModel
+def _load_adapter(checkpoint: Checkpoint, base: PreTrainedModel, *, allow_pickle: bool) -> PreTrainedModel:
+    from peft import PeftModel, get_peft_model_state_dict
 
-    weight_files(checkpoint)
+    stored = shapes(checkpoint, allow_pickle=allow_pickle)
     try:
-        adapted = PeftModel.from_pretrained(base, str(checkpoint.path), is_trainable=False)
-        merged: PreTrainedModel = adapted.merge_and_unload(safe_merge=False)
+        with warnings.catch_warnings():  # what peft warns of is an error below
+            warnings.simplefilter("ignore")
+            adapted = PeftModel.from_pretrained(base, str(checkpoint.path), is_trainable=False)
+            wanted = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+            merge = adapted.merge_and_unload
+    except AttributeError as error:
+        raise CheckpointError(
+            f"the adapter {checkpoint.reference} has no weights that could be merged into its base ({error}). Only "
+            "adapters of weights (LoRA and its kin) can be patched."
+        ) from error
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"cannot apply the adapter {checkpoint.reference} to its base: {error}") from error
+    odd = wanted.keys() - stored.keys() | {name for name in stored.keys() - wanted.keys() if "lora_" in name}
+    if stored and odd:
+        listed = ", ".join(sorted(odd)[:6]) + (f" and {len(odd) - 6} more" if len(odd) > 6 else "")
+        raise CheckpointError(
+            f"the adapter {checkpoint.reference} is incomplete or does not fit its config; missing or left over: "
+            f"{listed}. Get the whole adapter."
+        )
+    merged: PreTrainedModel = merge(safe_merge=False)
     merged.train(False)
     return merged
 

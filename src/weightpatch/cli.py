@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import traceback
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -31,6 +32,7 @@ app = typer.Typer(
 # Typer's base of all wrong arguments is click's, or its own copy of click, depending on its version.
 _CommandLineError: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 
+_INTERRUPTED = "interrupted. The same command continues where it stopped."
 DEMO_UNITS = "blocks,attns,mlps,heads,kvs"
 STAGES = ("anchor", "localize", "report")
 
@@ -48,7 +50,13 @@ AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Read pickled 
 AnyAdapterBase = Annotated[
     bool, typer.Option("--any-adapter-base", help="Apply an adapter although it names another base.")
 ]
-Units = Annotated[str, typer.Option(help="Units and addresses with commas: heads,kvs,mlps,L5.N812.")]
+Units = Annotated[
+    str,
+    typer.Option(
+        help="Units (blocks, attns, mlps, heads, heads.q, heads.o, kvs, neurons, norms, rests, ends) and addresses "
+        "(L5.N812, L5.H3.q), with commas."
+    ),
+]
 
 
 def main() -> None:
@@ -64,11 +72,13 @@ def main() -> None:
         usage = getattr(error, "ctx", None)
         fail(message if as_json or not usage else f"{usage.get_usage()}\n{message}", as_json, 2)
     except (typer.Abort, KeyboardInterrupt):
-        fail("interrupted. The same command continues where it stopped.", as_json, 1)
+        fail(_INTERRUPTED, as_json, 1)
     except Exception as error:
         traceback.print_exc()
         fail(f"{type(error).__name__}: {error}", as_json, 1)
     else:
+        if code == 130:  # what typer makes of Ctrl-C
+            fail(_INTERRUPTED, as_json, 1)
         sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -182,9 +192,9 @@ def run(
     try:
         config = RunConfig.model_validate(
             {
-                "base": base,
-                "specialized": specialized,
-                "prompts": prompts,
+                "base": _absolute(base),
+                "specialized": _absolute(specialized),
+                "prompts": _absolute(prompts),
                 "revision": revision,
                 "specialized_revision": specialized_revision,
                 "dtype": dtype,
@@ -267,6 +277,7 @@ def anchor(
         _config_of(path),
         path,
         stages=("anchor",),
+        resumed=True,
         as_json=as_json,
         device_map=device_map,
         allow_pickle=allow_pickle,
@@ -287,6 +298,7 @@ def localize(
         _config_of(path),
         path,
         stages=("localize",),
+        resumed=True,
         as_json=as_json,
         device_map=device_map,
         allow_pickle=allow_pickle,
@@ -318,6 +330,7 @@ def _run(
     *,
     stages: Iterable[str],
     as_json: bool,
+    resumed: bool = False,
     device_map: str | None = None,
     allow_pickle: bool = False,
     any_adapter_base: bool = False,
@@ -326,16 +339,14 @@ def _run(
     quiet()
     from weightpatch.pair import ModelPair
     from weightpatch.prompts import ContrastPrompts
-    from weightpatch.run import Run, check_free, config_changes, fit_anchors, measure_effects, refusal, start
+    from weightpatch.run import Run, alone, check_folder, check_settings, fit_anchors, measure_effects, start
 
-    if (out / "manifest.json").is_file():
-        earlier = Run.open(out)
-        if changes := config_changes(earlier, config):
-            raise refusal(earlier, changes)
-    else:
-        check_free(out)
+    check_folder(out, config)
     with status(f"reading {config.base} and {config.specialized}"):
-        prompts = ContrastPrompts.load(config.prompts, seed=config.seed, n_queries=config.n_queries)
+        if resumed:
+            prompts = Run.open(out).prompts()
+        else:
+            prompts = ContrastPrompts.load(config.prompts, seed=config.seed, n_queries=config.n_queries)
         pair = ModelPair.from_pretrained(
             config.base,
             config.specialized,
@@ -347,15 +358,22 @@ def _run(
             any_adapter_base=any_adapter_base,
             prompts=prompts,
         )
+        check_settings(config, pair, prompts)
+    with alone(out):
         opened = start(config, pair, prompts, out)
-    for stage in stages:
-        if stage == "report":
-            from weightpatch.report import write_report
+        for stage in stages:
+            if stage == "report":
+                from weightpatch.report import write_report
 
-            write_report(opened)
-        else:
-            draw((fit_anchors if stage == "anchor" else measure_effects)(opened, pair))
+                write_report(opened)
+            else:
+                draw((fit_anchors if stage == "anchor" else measure_effects)(opened, pair))
     print_run(opened, as_json=as_json)
+
+
+def _absolute(name: str) -> str:
+    """A path that exists, from the root on, so that a run can be continued from anywhere; other names as they are."""
+    return str(Path(name).expanduser().absolute()) if Path(name).expanduser().exists() else name
 
 
 def quiet() -> None:
@@ -364,3 +382,4 @@ def quiet() -> None:
 
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    warnings.simplefilter("ignore", FutureWarning)

@@ -10,6 +10,8 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from weightpatch.architecture import Architecture
 from weightpatch.errors import ComponentError
 
@@ -22,16 +24,16 @@ LEVELS: tuple[str, ...] = ("blocks", "modules", "heads", "neurons")
 """Partitions of all parameters, coarse to fine."""
 
 _FORMS: tuple[tuple[str, str], ...] = (
-    ("blocks", r"L(\d+)"),
-    ("attns", r"L(\d+)\.attn"),
-    ("mlps", r"L(\d+)\.mlp"),
-    ("heads", r"L(\d+)\.H(\d+)"),
-    ("heads.q", r"L(\d+)\.H(\d+)\.q"),
-    ("heads.o", r"L(\d+)\.H(\d+)\.o"),
-    ("kvs", r"L(\d+)\.KV(\d+)"),
-    ("neurons", r"L(\d+)\.N(\d+)"),
-    ("norms", r"L(\d+)\.norm\.(?:attn|mlp)"),
-    ("rests", r"L(\d+)\.(?:attn|mlp)\.rest"),
+    ("blocks", r"L(0|[1-9][0-9]*)"),
+    ("attns", r"L(0|[1-9][0-9]*)\.attn"),
+    ("mlps", r"L(0|[1-9][0-9]*)\.mlp"),
+    ("heads", r"L(0|[1-9][0-9]*)\.H(0|[1-9][0-9]*)"),
+    ("heads.q", r"L(0|[1-9][0-9]*)\.H(0|[1-9][0-9]*)\.q"),
+    ("heads.o", r"L(0|[1-9][0-9]*)\.H(0|[1-9][0-9]*)\.o"),
+    ("kvs", r"L(0|[1-9][0-9]*)\.KV(0|[1-9][0-9]*)"),
+    ("neurons", r"L(0|[1-9][0-9]*)\.N(0|[1-9][0-9]*)"),
+    ("norms", r"L(0|[1-9][0-9]*)\.norm\.(?:attn|mlp)"),
+    ("rests", r"L(0|[1-9][0-9]*)\.(?:attn|mlp)\.rest"),
     ("ends", r"embed|norm|unembed"),
 )
 
@@ -88,6 +90,10 @@ class Slice:
     start: int
     stop: int
 
+    def of(self, tensor: Tensor) -> Tensor:
+        """The slice of a tensor of the parameter's shape, as a view."""
+        return tensor.narrow(self.axis, self.start, self.stop - self.start)
+
 
 def slices(architecture: Architecture, component: Component) -> tuple[Slice, ...]:
     """The slices of tensors that a component owns in this architecture.
@@ -103,17 +109,17 @@ def slices(architecture: Architecture, component: Component) -> tuple[Slice, ...
     return owned
 
 
-def components(architecture: Architecture, units: str | Sequence[str]) -> tuple[Component, ...]:
+def components(architecture: Architecture, units: str | Sequence[str | Component]) -> tuple[Component, ...]:
     """The components that some units and addresses name, ordered by layer and, within a layer, as named.
 
     Args:
         architecture: The model's architecture.
-        units: Names out of `UNITS` and single addresses (`"heads,L5.N812"`), as a sequence or in one string.
+        units: Units out of `UNITS`, addresses (`"heads,L5.N812"`) and components, as a sequence or in one string.
 
     Raises:
         ComponentError: nothing named, or a name that is no unit and no address in this architecture.
     """
-    names = [name.strip() for name in units.split(",")] if isinstance(units, str) else list(units)
+    names = [name.strip() for name in (units.split(",") if isinstance(units, str) else map(str, units))]
     singles = {name: Component.parse(name) for name in names if name not in UNITS and _is_address(name)}
     unknown = [name for name in names if name not in UNITS and name not in singles]
     if unknown or not names:

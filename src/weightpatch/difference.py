@@ -26,7 +26,9 @@ class Difference:
     n_parameters: int
 
 
-def weight_differences(pair: ModelPair, units: str | Sequence[str] = "ends,norms,attns,mlps") -> list[Difference]:
+def weight_differences(
+    pair: ModelPair, units: str | Sequence[str | Component] = "ends,norms,attns,mlps"
+) -> list[Difference]:
     """Frobenius norm of each component's weight difference, absolute and relative to the base.
 
     Args:
@@ -41,9 +43,9 @@ def weight_differences(pair: ModelPair, units: str | Sequence[str] = "ends,norms
         moved = held = 0.0
         count = 0
         for piece in slices(pair.architecture, component):
-            length = piece.stop - piece.start
-            ours = pair.base.get_parameter(piece.parameter).detach().narrow(piece.axis, piece.start, length).float()
-            theirs = pair.specialized_weight(piece.parameter).narrow(piece.axis, piece.start, length).to(ours)
+            ours = piece.of(pair.base.get_parameter(piece.parameter).detach())
+            ours = ours.float() if ours.dtype.itemsize < 4 else ours
+            theirs = piece.of(pair.specialized_weight(piece.parameter)).to(ours)
             moved += float((theirs - ours).square().sum())
             held += float(ours.square().sum())
             count += ours.numel()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
@@ -37,6 +38,7 @@ class Effects:
         base: Readout of the base, shape `(prompt,)`, same unit.
         specialized: Readout of the specialized model, same shape and unit.
         prompt_ids: Ids of the prompts.
+        queries: The base query of each; prompts of one query are resampled together in intervals.
         past_anchor: Components asked for that lie at or past the anchor. Their effect on it is 0 by construction, so
             they were not measured and are not among `components`.
         anchor: What was read.
@@ -49,6 +51,7 @@ class Effects:
     base: Tensor
     specialized: Tensor
     prompt_ids: tuple[str, ...]
+    queries: tuple[str, ...]
     past_anchor: tuple[Component, ...]
     anchor: Anchor
     method: str
@@ -63,7 +66,7 @@ class Effects:
         """One row for each component, in the order of `components`.
 
         Args:
-            seed: Of the bootstrap over prompts.
+            seed: Of the bootstrap over queries.
 
         Returns:
             Columns component, unit, layer, effect (mean over prompts, the readout's unit), recovery (ratio of means),
@@ -74,7 +77,7 @@ class Effects:
         """
         import pandas as pd
 
-        share = recovery(self.per_prompt.numpy(), self.gap.numpy(), seed=seed)
+        share = recovery(self.per_prompt.numpy(), self.gap.numpy(), groups=self.queries, seed=seed)
         return pd.DataFrame(
             {
                 "component": [str(component) for component in self.components],
@@ -112,7 +115,7 @@ def localize(
     prompts: ContrastPrompts,
     anchor: Anchor,
     *,
-    units: str | Sequence[str] = "heads,mlps",
+    units: str | Sequence[str | Component] = "heads,mlps",
     method: Method = "exact",
     engine: Engine = "suffix",
     batch_tokens: int = BATCH_TOKENS,
@@ -138,6 +141,9 @@ def localize(
         AnchorError: the anchor does not fit the pair, or nothing asked for lies below it.
         PromptError: text without a tokenizer, or tokens outside the vocabulary.
     """
+    if anchor.report is not None and not anchor.report.stable:
+        failed = ", ".join(gate.name for gate in anchor.report.gates if not gate.passed)
+        warnings.warn(f"the anchor is unstable: it failed {failed}; recoveries on it may mean little", stacklevel=2)
     below, past = plan(pair, anchor, units)
     found: list[Tensor] = []
     for effect in sweep(pair, prompts, anchor, below, method=method, engine=engine, batch_tokens=batch_tokens):
@@ -151,6 +157,7 @@ def localize(
         base=base,
         specialized=specialized,
         prompt_ids=tuple(row.id for row in prompts),
+        queries=tuple(row.query for row in prompts),
         past_anchor=past,
         anchor=anchor,
         method=method,
@@ -159,7 +166,7 @@ def localize(
 
 
 def plan(
-    pair: ModelPair, anchor: Anchor, units: str | Sequence[str]
+    pair: ModelPair, anchor: Anchor, units: str | Sequence[str | Component]
 ) -> tuple[tuple[Component, ...], tuple[Component, ...]]:
     """What a sweep would patch: components that can reach the anchor, and those at or past it, which cannot.
 
@@ -211,7 +218,7 @@ def sweep(
         raise ComponentError(f"unknown method {method!r}. Choose one of {', '.join(get_args(Method))}.")
     if engine not in ENGINES:
         raise ComponentError(f"unknown engine {engine!r}. Choose one of {', '.join(ENGINES)}.")
-    check_prompts(pair, prompts)
+    check_prompts(pair, prompts, positions=anchor.positions, both_sides=anchor.readout == "contrast")
     token_ids = _inputs(pair, prompts, anchor)
     for measured in ENGINES[engine](pair, token_ids, anchor, below, batch_tokens=batch_tokens, skip=skip):
         change = measured.readout - measured.base

@@ -6,11 +6,10 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,6 +73,8 @@ class ModelPair:
     specialized_name: str = "specialized"
 
     def __post_init__(self) -> None:
+        for side, model in (("base", self.base), ("specialized", self.specialized)):
+            _check_model(side, model)
         differences = _config_differences(self.base.config, self.specialized.config)
         differences += _shape_differences(_shapes(self.base), _shapes(self.specialized))
         dtypes = [sorted({str(p.dtype) for p in model.parameters()}) for model in (self.base, self.specialized)]
@@ -140,13 +141,9 @@ class ModelPair:
         """Where everything lives in both models."""
         return Architecture.of(self.base)
 
-    @cached_property
-    def _specialized_parameters(self) -> dict[str, Tensor]:
-        return {name: parameter.detach() for name, parameter in self.specialized.named_parameters()}
-
     def specialized_weight(self, name: str) -> Tensor:
         """One parameter of the specialized checkpoint, by its full name; the engines read weights no other way."""
-        return self._specialized_parameters[name]
+        return self.specialized.get_parameter(name).detach()
 
     def digests(self) -> dict[str, str]:
         """SHA-256 over names and bytes of all weights, for `base` and `specialized`."""
@@ -192,7 +189,9 @@ def check_pair(
         weight_files(checkpoint, allow_pickle=allow_pickle)
     config = read_config(left)
     if right.kind == "adapter":
-        differences = _adapter_differences(left, right, config, any_base=any_adapter_base)
+        names = {left.reference, str(left.path), str(getattr(config, "_name_or_path", ""))}
+        differences = [] if any_adapter_base else _adapter_base_differences(right, names)
+        differences += _adapter_shape_differences(right, config, allow_pickle=allow_pickle)
     else:
         other = read_config(right)
         differences = _config_differences(config, other)
@@ -210,6 +209,18 @@ def check_pair(
     return CheckedPair(base=left, specialized=right, tokenizer=tokenizer)
 
 
+def _check_model(side: str, model: object) -> None:
+    """Raise unless it is a model of a known family whose weights are all in memory."""
+    if not isinstance(model, PreTrainedModel):
+        raise PairError(f"the {side} is a {type(model).__name__}; give a transformers model with its head.")
+    family_of(model.config)
+    if elsewhere := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
+        raise CheckpointError(
+            f"{len(elsewhere)} parameters of the {side} are not in memory ({elsewhere[0]}, ...): it was offloaded. "
+            "Use a smaller dtype or another device_map."
+        )
+
+
 def _no_pair(base: str, specialized: str, differences: list[str]) -> PairError:
     return PairError(
         f"{base} and {specialized} are no pair: weights can only be patched between two checkpoints of one "
@@ -222,10 +233,12 @@ def _config_differences(base: PreTrainedConfig, specialized: PreTrainedConfig) -
     if base.model_type != specialized.model_type:
         return [f"architecture: {base.model_type} in the base, {specialized.model_type} in the specialized"]
     left, right = base.to_dict(), specialized.to_dict()
+    scaled = any((side.get("rope_parameters") or {}).get("rope_type", "default") != "default" for side in (left, right))
     return [
         f"{name}: {left.get(name)!r} in the base, {right.get(name)!r} in the specialized"
         for name in sorted(left.keys() | right.keys())
-        if not _NOT_COMPUTATION.fullmatch(name) and not _same_value(left.get(name), right.get(name))
+        if not _same_value(left.get(name), right.get(name))
+        and (not _NOT_COMPUTATION.fullmatch(name) or (scaled and name == "max_position_embeddings"))
     ]
 
 
@@ -254,20 +267,21 @@ def _shape_differences(left: dict[str, tuple[int, ...]], right: dict[str, tuple[
     return lines if len(lines) <= 12 else [*lines[:12], f"{len(lines) - 12} more shapes"]
 
 
-def _adapter_differences(
-    base: Checkpoint, adapter: Checkpoint, config: PreTrainedConfig, *, any_base: bool
-) -> list[str]:
-    differences = []
+def _adapter_base_differences(adapter: Checkpoint, known_as: set[str]) -> list[str]:
     trained_on = str(read_adapter_config(adapter).get("base_model_name_or_path") or "")
-    known_as = {base.reference, str(base.path), str(getattr(config, "_name_or_path", ""))}
-    if trained_on and not any_base and not any(_same_name(trained_on, name) for name in known_as):
-        differences.append(
-            f"the adapter was trained on {trained_on!r}, not on {base.reference!r}. If these are the same weights "
-            "under two names, pass --any-adapter-base (any_adapter_base=True)"
-        )
+    if not trained_on or any(_same_name(trained_on, name) for name in known_as):
+        return []
+    return [
+        f"the adapter was trained on {trained_on!r}, not on {max(known_as, key=len)!r}. If these are the same "
+        "weights under two names, pass --any-adapter-base (any_adapter_base=True)"
+    ]
+
+
+def _adapter_shape_differences(adapter: Checkpoint, config: PreTrainedConfig, *, allow_pickle: bool) -> list[str]:
+    differences = []
     expected = _shapes(skeleton(config))
     inputs = 0 if family_of(config).transposed else 1
-    for name, shape in shapes(adapter).items():
+    for name, shape in shapes(adapter, allow_pickle=allow_pickle).items():
         factor = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])(?:\.\w+)?\.weight", name)
         if factor is None:
             continue
@@ -280,9 +294,10 @@ def _adapter_differences(
 
 
 def _same_name(one: str, other: str) -> bool:
-    """Whether two names can mean one model: same last part but for case, punctuation and what a file adds to it."""
-    plain = [re.sub(r"[^a-z0-9]", "", name.rstrip("/").rsplit("/", 1)[-1].lower()) for name in (one, other)]
-    return bool(plain[0] and plain[1]) and (plain[0].startswith(plain[1]) or plain[1].startswith(plain[0]))
+    """Whether two names can mean one model: same last part but for case, punctuation and a GGUF file's ending."""
+    last = [name.rstrip("/").rsplit("/", 1)[-1].lower() for name in (one, other)]
+    plain = [re.sub(r"[^a-z0-9]", "", re.sub(r"([-.]i?q\d\w*|[-.]b?f(16|32))?\.gguf$", "", name)) for name in last]
+    return bool(plain[0]) and plain[0] == plain[1]
 
 
 def _tokenizer_differences(
@@ -338,15 +353,36 @@ def _digest(model: PreTrainedModel) -> str:
     return digest.hexdigest()
 
 
-def check_prompts(pair: ModelPair, prompts: ContrastPrompts) -> None:
-    """Raise unless every token id exists in the pair's vocabulary.
+def check_prompts(
+    pair: ModelPair, prompts: ContrastPrompts, *, positions: Sequence[int] = (), both_sides: bool = True
+) -> None:
+    """Raise unless both models can read every prompt, with and without its instruction.
+
+    Args:
+        pair: The two models.
+        prompts: The prompts.
+        positions: Readout positions that every prompt must have.
+        both_sides: Whether the queries without their instruction are read at these positions too.
 
     Raises:
-        PromptError: names the first prompt with a token outside it.
+        PromptError: a token id outside the vocabulary, a prompt longer than a learned position table, or too short
+            for a readout position; names the first such prompt.
     """
     limit = int(embedding_weight(pair.base).shape[0])
+    longest = pair.architecture.n_positions
     tokenized = prompts.tokenize(pair.tokenizer)
     for name, *sides in zip(tokenized.ids, tokenized.with_instruction, tokenized.without_instruction, strict=True):
-        worst: Any = max(max(side) for side in sides)
-        if worst >= limit or min(min(side) for side in sides) < 0:
-            raise PromptError(f"prompt {name}: token id {worst} is outside the vocabulary of {limit} tokens.")
+        for place, ids in enumerate(sides):
+            if outside := [token for token in ids if not 0 <= token < limit]:
+                raise PromptError(
+                    f"prompt {name}: token id {outside[0]} is outside the vocabulary of {limit} tokens. Was it made "
+                    "with another tokenizer?"
+                )
+            if longest is not None and len(ids) > longest:
+                raise PromptError(f"prompt {name} has {len(ids)} tokens; this model reads {longest}. Shorten it.")
+            is_read = place == 0 or both_sides
+            if is_read and any(not -len(ids) <= position < len(ids) for position in positions):
+                raise PromptError(
+                    f"prompt {name} has {len(ids)} tokens, too few for readout positions {list(positions)}. Drop it, "
+                    "or read at other positions."
+                )

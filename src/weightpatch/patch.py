@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from weightpatch.component import Component, Slice, components, slices
+from weightpatch.component import Component, components, slices
+from weightpatch.errors import ComponentError
 from weightpatch.pair import ModelPair
 
 Recipient = Literal["base", "specialized"]
@@ -31,10 +32,12 @@ def patched(
         The recipient itself, usable for logits and generation while the block lasts.
 
     Raises:
-        ComponentError: an address or unit that this architecture does not have.
+        ComponentError: an address or unit that this architecture does not have, or an unknown recipient.
     """
-    names = patch.split(",") if isinstance(patch, str) else [str(item) for item in patch]
-    members = components(pair.architecture, [name.strip() for name in names]) if names else ()
+    if recipient not in get_args(Recipient):
+        raise ComponentError(f"unknown recipient {recipient!r}. Choose one of {', '.join(get_args(Recipient))}.")
+    named = patch if isinstance(patch, str) else list(patch)
+    members = components(pair.architecture, named) if named else ()
     owned = [piece for member in members for piece in slices(pair.architecture, member)]
     receiving = pair.base if recipient == "base" else pair.specialized
     giving = pair.specialized_weight if recipient == "base" else pair.base.get_parameter
@@ -43,15 +46,11 @@ def patched(
     try:
         with torch.no_grad():
             for piece in owned:
-                target = _view(parameters[piece.parameter].data, piece)
+                target = piece.of(parameters[piece.parameter].data)
                 saved.append((target, target.clone()))
-                target.copy_(_view(giving(piece.parameter).detach(), piece))
+                target.copy_(piece.of(giving(piece.parameter).detach()))
         yield receiving
     finally:
         with torch.no_grad():
             for target, original in reversed(saved):
                 target.copy_(original)
-
-
-def _view(tensor: Tensor, piece: Slice) -> Tensor:
-    return tensor.narrow(piece.axis, piece.start, piece.stop - piece.start)

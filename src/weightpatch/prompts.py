@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
 import random
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -120,7 +122,7 @@ class ContrastPrompts:
             rows = instruction_rows([task] if task else TASKS, n_queries=n_queries, seed=seed)
             return cls(tuple(_read_row(row, f"{BUILT_IN} row {number}") for number, row in enumerate(rows, 1)))
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = path.read_text(encoding="utf-8").split("\n")  # splitlines also splits at U+2028, legal in JSON
         except (OSError, UnicodeDecodeError) as error:
             raise PromptError(
                 f"cannot read prompts from {source}: {error}. Name a JSONL file, or the built-in set {BUILT_IN!r}."
@@ -145,7 +147,9 @@ class ContrastPrompts:
         for number, (positive, negative) in enumerate(zip(with_instruction, without_instruction, strict=True)):
             if not len(positive) or not len(negative):
                 raise PromptError(f"prompt {number} has no tokens. Give at least one token with and without.")
-            ids = tuple(int(token) for token in positive), tuple(int(token) for token in negative)
+            if wrong := [token for token in (*positive, *negative) if operator.index(token) < 0]:
+                raise PromptError(f"prompt {number} has the token id {wrong[0]}. Give ids from 0 on.")
+            ids = tuple(map(operator.index, positive)), tuple(map(operator.index, negative))
             rows.append(ContrastPrompt(id=f"p{number}", with_instruction=ids[0], without_instruction=ids[1]))
         return cls(tuple(rows))
 
@@ -190,7 +194,8 @@ class ContrastPrompts:
                 continue
             if tokenizer is None:
                 raise PromptError(
-                    "these prompts are text, and the pair has no tokenizer. Give ModelPair(tokenizer=...)."
+                    "these prompts are text, and the pair has no tokenizer. Save one into the base's folder, pass "
+                    "ModelPair(tokenizer=...), or give token ids (with_instruction, without_instruction)."
                 )
             positives.append(tokenize(tokenizer, row.text, system=row.system))
             negatives.append(tokenize(tokenizer, row.prompt, system=row.system))
@@ -259,11 +264,17 @@ def _read_row(record: object, where: str) -> ContrastPrompt:
     kwargs = record.get("kwargs") or {}
     if not isinstance(kwargs, dict):
         raise PromptError(f"{where}: kwargs must be an object")
-    return ContrastPrompt(id=str(record.get("id") or where.replace(" ", "-")), **contents, **options, kwargs=kwargs)
+    try:
+        json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise PromptError(f"{where}: it holds half a surrogate pair, which is no text ({error.reason})") from error
+    given = record.get("id")
+    identity = where.replace(" ", "-") if given in (None, "") else str(given)
+    return ContrastPrompt(id=identity, **contents, **options, kwargs=kwargs)
 
 
 def _is_token_ids(value: object) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(token, int) and token >= 0 for token in value)
+    return isinstance(value, list) and bool(value) and all(type(token) is int and token >= 0 for token in value)
 
 
 def _is_safe_name(name: str) -> bool:
@@ -271,13 +282,22 @@ def _is_safe_name(name: str) -> bool:
 
 
 def _deal_splits(rows: list[ContrastPrompt], *, seed: int) -> tuple[ContrastPrompt, ...]:
-    """Give every row of a query the same split, unless the rows name theirs."""
+    """Give every row of a query the same split, unless the rows name theirs; each task's queries are dealt evenly."""
     named = [row for row in rows if row.split]
     if named and len(named) < len(rows):
         raise PromptError(f"{len(named)} of {len(rows)} prompts name a split. Name it for all of them or for none.")
-    if named:
-        return tuple(rows)
-    queries = list(dict.fromkeys(row.query for row in rows))
-    random.Random(seed).shuffle(queries)  # noqa: S311  no secret
-    split = {query: SPLITS[place % len(SPLITS)] for place, query in enumerate(queries)}
+    split = {row.query: row.split for row in named}
+    if torn := [row for row in named if split[row.query] != row.split]:
+        raise PromptError(
+            f"the query {torn[0].query!r} is in two splits ({torn[0].split}, {split[torn[0].query]}). What an anchor "
+            "is fitted on must not be measured on: keep every query in one split."
+        )
+    for task in dict.fromkeys(row.task for row in rows):
+        queries = list(dict.fromkeys(row.query for row in rows if row.task == task))
+        random.Random(seed).shuffle(queries)  # noqa: S311  no secret
+        counts = dict.fromkeys(SPLITS, 0) | Counter(split[query] for query in queries if query in split)
+        for query in queries:
+            if query not in split:
+                split[query] = min(SPLITS, key=lambda name: counts[name])
+                counts[split[query]] += 1
     return tuple(replace(row, split=split[row.query]) for row in rows)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from weightpatch.architecture import embedding_weight, layers_of
@@ -95,6 +96,47 @@ class _Done(Exception):
     """The wanted layer was reached; the rest of the forward pass is not needed."""
 
 
+See = Callable[[int, Tensor, tuple[Any, ...], dict[str, Any]], None]
+"""Told of each layer reached: its number, the residual entering it, and what else it is called with."""
+
+
+def walk(
+    model: PreTrainedModel, tokens: Tensor, last: int, see: See, *, weights: dict[str, Tensor] | None = None
+) -> None:
+    """Run a model up to the residual stream that enters layer `last`, and no further.
+
+    Args:
+        model: A model whose family has a row in the architecture table.
+        tokens: Token ids, shape `(prompt, token)`, without padding on the left.
+        last: The last layer reached; `n_layers` stands for what leaves the model's last one.
+        see: Called on the way with every residual, that of `last` included.
+        weights: Parameters that stand in for the model's own of these names.
+    """
+    layers = layers_of(model)
+    hooks = ExitStack()
+
+    def reach(layer: int, residual: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        see(layer, residual, args, kwargs)
+        if layer == last:
+            raise _Done
+
+    for number, module in enumerate(layers[: last + 1]):
+
+        def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], number: int = number) -> None:
+            others = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+            reach(number, args[0] if args else kwargs["hidden_states"], args[1:], others)
+
+        hooks.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+
+    def after(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+        reach(len(layers), output[0] if isinstance(output, tuple) else output, (), {})
+
+    if last == len(layers):
+        hooks.callback(layers[-1].register_forward_hook(after).remove)
+    with hooks, suppress(_Done):
+        functional_call(model, weights or {}, (), {"input_ids": tokens, "use_cache": False})
+
+
 def read_residuals(
     model: PreTrainedModel,
     token_ids: Sequence[Sequence[int]],
@@ -115,48 +157,16 @@ def read_residuals(
     Returns:
         Shape `(layer, prompt, position, feature)`, on the CPU, in the model's dtype.
     """
-    blocks = layers_of(model)
     device = embedding_weight(model).device
-    found: Tensor | None = None
+    index = readout_index(token_ids, positions)
+    read: dict[tuple[int, int], Tensor] = {}
     with evaluating(model):
         for batch in batches(token_ids, batch_tokens):
-            ids = [token_ids[index] for index in batch]
-            entering = _entering(model, blocks, pad(ids, device), layers)
-            index = readout_index(ids, positions)
-            read = torch.stack([at_positions(entering[layer], index) for layer in layers])
-            if found is None:
-                found = read.new_empty((read.shape[0], len(token_ids), *read.shape[2:]))
-            found[:, batch] = read
-    if found is None:
-        raise AnchorError("no prompts to read. Give at least one.")
-    return found
 
+            def see(layer: int, residual: Tensor, _args: object, _kwargs: object, batch: list[int] = batch) -> None:
+                if layer in layers:
+                    rows = at_positions(residual, index[batch])
+                    read.update(((layer, prompt), row) for prompt, row in zip(batch, rows, strict=True))
 
-def _entering(
-    model: PreTrainedModel, blocks: nn.ModuleList, tokens: Tensor, layers: Sequence[int]
-) -> dict[int, Tensor]:
-    """Residuals entering the given layers in one forward pass that ends at the last of them."""
-    last = max(layers)
-    kept: dict[int, Tensor] = {}
-
-    def keep(layer: int, residual: Tensor) -> None:
-        if layer in layers:
-            kept[layer] = residual
-        if layer == last:
-            raise _Done
-
-    with ExitStack() as hooks:
-        for layer, block in enumerate(blocks):
-
-            def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], layer: int = layer) -> None:
-                keep(layer, args[0] if args else kwargs["hidden_states"])
-
-            hooks.callback(block.register_forward_pre_hook(before, with_kwargs=True).remove)
-
-        def after(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-            keep(len(blocks), output[0] if isinstance(output, tuple) else output)
-
-        hooks.callback(blocks[-1].register_forward_hook(after).remove)
-        with suppress(_Done):
-            model(input_ids=tokens, use_cache=False)
-    return kept
+            walk(model, pad([token_ids[prompt] for prompt in batch], device), max(layers), see)
+    return torch.stack([torch.stack([read[layer, prompt] for prompt in range(len(token_ids))]) for layer in layers])

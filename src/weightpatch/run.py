@@ -11,17 +11,20 @@ tasks/<task>/effects.parquet      derived
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
@@ -32,10 +35,11 @@ from weightpatch.errors import NoGapError, RunError
 from weightpatch.localization import Effects, Engine, Method, plan, reference, sweep
 from weightpatch.pair import ModelPair, check_prompts
 from weightpatch.prompts import ContrastPrompts
-from weightpatch.residuals import BATCH_TOKENS, readout_index
+from weightpatch.residuals import BATCH_TOKENS
 from weightpatch.statistics import check_gap
 
 FORMAT = "weightpatch.run/1"
+LOCK = ".lock"
 
 
 class RunConfig(BaseModel):
@@ -90,7 +94,7 @@ class Run:
 
     path: Path
     config: RunConfig
-    manifest: dict[str, Any]
+    manifest: dict[str, Any] = field(repr=False)
 
     @classmethod
     def open(cls, path: str | Path) -> Run:
@@ -115,6 +119,11 @@ class Run:
     def tasks(self) -> tuple[str, ...]:
         """Names of the tasks, in the order of the prompts."""
         return tuple(self.manifest["tasks"])
+
+    @property
+    def has_results(self) -> bool:
+        """Whether anything was fitted or measured yet."""
+        return any((self.path / "tasks").glob("*/*"))
 
     @property
     def report(self) -> Path:
@@ -144,7 +153,7 @@ class Run:
             RunError: nothing measured yet.
         """
         anchor = self.anchor(task)
-        found = self._reference(task)
+        found = self.reference(task)
         lines = read_effects(self.folder(task) / "effects.jsonl")
         if not lines:
             raise RunError(f"{self.path} has no effects of {task!r}: {found['failure'] or 'not measured yet'}")
@@ -154,6 +163,7 @@ class Run:
             base=torch.tensor(found["base"], dtype=torch.float64),
             specialized=torch.tensor(found["specialized"], dtype=torch.float64),
             prompt_ids=tuple(found["prompts"]),
+            queries=tuple(found["queries"]),
             past_anchor=tuple(Component.parse(address) for address in found["past_anchor"]),
             anchor=anchor,
             method=self.config.method,
@@ -163,7 +173,7 @@ class Run:
     def failure(self, task: str) -> str | None:
         """Why a task has no effects although it was tried: no measurable gap. None when it has, or was not tried."""
         tried = (self.folder(task) / "reference.json").is_file()
-        failure: str | None = self._reference(task)["failure"] if tried else None
+        failure: str | None = self.reference(task)["failure"] if tried else None
         return failure
 
     def n_missing(self, task: str) -> int:
@@ -172,10 +182,17 @@ class Run:
         Raises:
             RunError: its measurement was not begun.
         """
-        planned = self._reference(task)["planned"]
+        planned = self.reference(task)["planned"]
         return len(planned) - len(read_effects(self.folder(task) / "effects.jsonl"))
 
-    def _reference(self, task: str) -> dict[str, Any]:
+    def reference(self, task: str) -> dict[str, Any]:
+        """`reference.json` of a task as it is.
+
+        Raises:
+            RunError: the task was not begun, or there is none of this name.
+        """
+        if task not in self.tasks:
+            raise RunError(f"{self.path} has no task {task!r}. Its tasks: {', '.join(self.tasks)}.")
         try:
             found: dict[str, Any] = json.loads((self.folder(task) / "reference.json").read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
@@ -202,12 +219,12 @@ def start(config: RunConfig, pair: ModelPair, prompts: ContrastPrompts, out: str
     """
     folder = Path(out)
     digests = {**pair.digests(), "prompts": prompts.digest()}
-    if (folder / "manifest.json").is_file():
+    check_folder(folder, config)
+    if (folder / "manifest.json").is_file() and Run.open(folder).has_results:
         run = Run.open(folder)
-        _check_same(run, config, digests)
+        _check_same(run, digests)
         return run
-    check_free(folder)
-    _check_settings(config, pair, prompts)
+    check_settings(config, pair, prompts)
     architecture = pair.architecture
     manifest = {
         "format": FORMAT,
@@ -244,35 +261,65 @@ def start(config: RunConfig, pair: ModelPair, prompts: ContrastPrompts, out: str
     return Run.open(folder)
 
 
-def _check_settings(config: RunConfig, pair: ModelPair, prompts: ContrastPrompts) -> None:
-    """Raise for everything that a later stage would stumble over and that can be seen without running a model."""
+def check_settings(config: RunConfig, pair: ModelPair, prompts: ContrastPrompts) -> None:
+    """Raise for everything that a later stage would stumble over and that can be seen without running a model.
+
+    Raises:
+        ComponentError: an unknown unit or address, or nothing below a fixed anchor layer.
+        AnchorError: too few queries, or a layer that the model does not have.
+        PromptError: a task without prompts in a split, or prompts that the models cannot read.
+    """
     components(pair.architecture, config.units)
     if config.layer is not None:
-        Anchor(layer=config.layer, direction=torch.ones(pair.architecture.n_features)).check(pair)
-    check_prompts(pair, prompts)
+        plan(pair, Anchor(layer=config.layer, direction=torch.ones(pair.architecture.n_features)), config.units)
+    check_prompts(pair, prompts, positions=config.positions)
     for task in prompts.tasks:
         own = prompts.of_task(task)
         halves(own.split("fit"))
         own.split("localize")
-    tokenized = prompts.tokenize(pair.tokenizer)
-    for side in (tokenized.with_instruction, tokenized.without_instruction):
-        readout_index(side, config.positions)
 
 
-def check_free(folder: Path) -> None:
-    """Raise unless a run folder may be made here: it does not exist, or holds at most what an early stop left.
+def check_folder(folder: Path, config: RunConfig) -> None:
+    """Raise unless a run with these settings may be made or continued here; known before any model is loaded.
+
+    A run that has no results yet may still change its settings.
 
     Raises:
-        RunError: it is a file, or has other things in it.
+        RunError: it cannot be made, holds other things, or a run with other settings (every difference listed).
     """
-    if folder.exists() and not folder.is_dir():
-        raise RunError(f"{folder} is a file. Name a new folder for the run.")
-    left = {"prompts.jsonl", "prompts.jsonl.partial", "manifest.json.partial"}
+    if (folder / "manifest.json").is_file():
+        run = Run.open(folder)
+        then, now = run.config.model_dump(), config.model_dump()
+        changes = [f"{name}: {then[name]!r} then, {now[name]!r} now" for name in then if then[name] != now[name]]
+        if changes and run.has_results:
+            raise _refusal(run, changes)
+        return
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise RunError(f"{folder} cannot be made: {existing} is no folder that can be written to. Name another one.")
+    left = {"prompts.jsonl", "prompts.jsonl.partial", "manifest.json.partial", LOCK}
     others = sorted(file.name for file in folder.iterdir() if file.name not in left) if folder.is_dir() else []
     if others:
         raise RunError(
             f"{folder} is no run folder and not empty (it holds {others[0]}). Name a new folder for the run."
         )
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Keep other processes out of a run folder for as long as the block lasts.
+
+    Raises:
+        RunError: another process is at work there, or the folder cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / LOCK, blocking=False):
+            yield
+    except Timeout as error:
+        raise RunError(f"another process is at work on {folder}. Wait for it, or name another folder.") from error
+    except OSError as error:
+        raise RunError(f"cannot write to {folder}: {error}.") from error
 
 
 def fit_anchors(run: Run, pair: ModelPair) -> Iterator[Progress]:
@@ -313,23 +360,27 @@ def measure_effects(run: Run, pair: ModelPair) -> Iterator[Progress]:
         prompts = run.prompts().of_task(task).split("localize")
         below, past = plan(pair, anchor, config.units)
         file = run.folder(task) / "effects.jsonl"
-        known = set(read_effects(file, repair=True))
+        lines = read_effects(file, repair=True)
+        known = set(lines)
         yield Progress(stage="localize", task=task, done=len(known), total=len(below))
         if not (run.folder(task) / "reference.json").is_file():
             base, specialized = reference(pair, prompts, anchor, batch_tokens=config.batch_tokens)
             found = {
+                "anchor": _file_digest(run.folder(task) / "anchor.safetensors"),
                 "prompts": [row.id for row in prompts],
+                "queries": [row.query for row in prompts],
                 "base": base.tolist(),
                 "specialized": specialized.tolist(),
                 "planned": [str(component) for component in below],
                 "past_anchor": [str(component) for component in past],
-                "failure": _gap_failure(specialized - base, seed=config.seed),
+                "failure": _gap_failure(specialized - base, [row.query for row in prompts]),
             }
             write_whole(run.folder(task) / "reference.json", json.dumps(found) + "\n")
         if run.failure(task):
             continue
+        _check_measured(run, task, lines)
         skip = frozenset(component for component in below if str(component) in known)
-        with file.open("a", encoding="utf-8") as lines:
+        with file.open("a", encoding="utf-8") as out:
             for effect in sweep(
                 pair,
                 prompts,
@@ -343,8 +394,8 @@ def measure_effects(run: Run, pair: ModelPair) -> Iterator[Progress]:
                 if effect.component in skip:
                     continue
                 record = {"component": str(effect.component), "effects": effect.per_prompt.tolist()}
-                lines.write(json.dumps(record) + "\n")
-                lines.flush()
+                out.write(json.dumps(record) + "\n")
+                out.flush()
                 known.add(str(effect.component))
                 yield Progress(stage="localize", task=task, done=len(known), total=len(below))
         _write_parquet(run, task)
@@ -353,9 +404,9 @@ def measure_effects(run: Run, pair: ModelPair) -> Iterator[Progress]:
         raise NoGapError(f"no task could be measured. {run.tasks[0]}: {failures[0]}")
 
 
-def _gap_failure(gap: Tensor, *, seed: int) -> str | None:
+def _gap_failure(gap: Tensor, queries: list[str]) -> str | None:
     try:
-        check_gap(gap.numpy(), seed=seed)
+        check_gap(gap.numpy(), groups=queries)
     except NoGapError as error:
         return str(error)
     return None
@@ -389,6 +440,30 @@ def read_effects(file: Path, *, repair: bool = False) -> dict[str, list[float]]:
     return found
 
 
+def _check_measured(run: Run, task: str, lines: dict[str, list[float]]) -> None:
+    """Raise unless what is there was measured with this anchor, on these prompts, of planned components.
+
+    Raises:
+        RunError: it was not; the effects would be a mixture.
+    """
+    found = run.reference(task)
+    file = run.folder(task) / "effects.jsonl"
+    if found["anchor"] != _file_digest(run.folder(task) / "anchor.safetensors"):
+        raise RunError(
+            f"the anchor of {task!r} changed since its effects were begun. Delete {file.parent} to start anew."
+        )
+    for address, effects in lines.items():
+        if address not in found["planned"] or len(effects) != len(found["prompts"]):
+            raise RunError(
+                f"{file} holds {len(effects)} effects of {address}, which is not what this run measures "
+                f"({len(found['prompts'])} prompts, {len(found['planned'])} components). Delete it to measure again."
+            )
+
+
+def _file_digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
 def write_whole(file: Path, text: str) -> None:
     """Write a file so that it is there completely or not at all."""
     partial = file.with_name(file.name + ".partial")
@@ -404,25 +479,17 @@ def _write_parquet(run: Run, task: str) -> None:
     partial.replace(file)
 
 
-def _check_same(run: Run, config: RunConfig, digests: dict[str, str]) -> None:
-    changes = config_changes(run, config)
-    changes += [
-        f"the contents of {name} changed since"
-        for name, digest in digests.items()
-        if digest != run.manifest["digests"][name]
-    ]
+def _check_same(run: Run, digests: dict[str, str]) -> None:
+    """Raise unless checkpoints and prompts are those that the run began with, in its folder too."""
+    then = run.manifest["digests"]
+    changes = [f"the contents of {name} changed since" for name, digest in digests.items() if digest != then[name]]
+    if run.prompts().digest() != then["prompts"]:
+        changes.append(f"{run.path / 'prompts.jsonl'} changed since")
     if changes:
-        raise refusal(run, changes)
+        raise _refusal(run, changes)
 
 
-def config_changes(run: Run, config: RunConfig) -> list[str]:
-    """One sentence for each setting in which `config` differs from the run's; known before any model is loaded."""
-    then, now = run.config.model_dump(), config.model_dump()
-    return [f"{name}: {then[name]!r} then, {now[name]!r} now" for name in then if then[name] != now[name]]
-
-
-def refusal(run: Run, changes: list[str]) -> RunError:
-    """The error for a run that is continued with other settings."""
+def _refusal(run: Run, changes: list[str]) -> RunError:
     listed = "\n".join(f"  - {change}" for change in changes)
     return RunError(
         f"{run.path} holds a run with other settings:\n{listed}\nName another folder, or repeat the settings it has."

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import norm as normal
+from scipy.stats import t as student_t
 
 from weightpatch.errors import NoGapError
 
@@ -22,7 +25,7 @@ _Z = 1.959963984540054  # the normal quantile that leaves 2.5 % on either side
 
 @dataclass(frozen=True, kw_only=True)
 class Interval:
-    """An estimate with its bootstrap interval over prompts; NaN bounds when there is but one prompt."""
+    """An estimate with its 95 % interval; NaN bounds where there is too little to tell."""
 
     estimate: float
     low: float
@@ -40,7 +43,7 @@ class Recovery:
 
     Attributes:
         ratio: Ratio of means: 0, the patch changed nothing; 1, it alone reproduces the specialized model. Not clipped.
-        low: Lower end of its bootstrap 95 % interval over prompts; NaN with fewer than two prompts.
+        low: Lower end of its bootstrap 95 % interval over queries; NaN with fewer than two.
         high: Upper end.
         mean_of_ratios: Mean over prompts with a real gap of each prompt's own ratio.
     """
@@ -51,27 +54,36 @@ class Recovery:
     mean_of_ratios: Floats
 
 
-def mean_interval(values: Floats, *, seed: int = 0) -> Interval:
-    """Mean of values, shape `(prompt,)`, with its bootstrap 95 % interval."""
-    if len(values) < 2:
-        return Interval(estimate=float(values.mean()), low=float("nan"), high=float("nan"))
-    means = _resamples(len(values), seed) @ values
-    low, high = np.quantile(means, _tails())
-    return Interval(estimate=float(values.mean()), low=float(low), high=float(high))
+def mean_interval(values: Floats, *, groups: Sequence[str] | None = None) -> Interval:
+    """Mean of values, shape `(prompt,)`, with Student's t 95 % interval.
+
+    Args:
+        values: One to a prompt.
+        groups: What each prompt shares with others (its base query); a group counts as one observation. None: nothing.
+
+    Returns:
+        The mean over prompts; NaN bounds with fewer than two groups.
+    """
+    means = _group_weights(len(values), groups) @ values
+    estimate, n = float(values.mean()), len(means)
+    if n < 2:
+        return Interval(estimate=estimate, low=float("nan"), high=float("nan"))
+    half = float(student_t.ppf((1 + LEVEL) / 2, n - 1) * means.std(ddof=1) / n**0.5)
+    return Interval(estimate=estimate, low=estimate - half, high=estimate + half)
 
 
-def check_gap(gap: Floats, *, seed: int = 0) -> Interval:
+def check_gap(gap: Floats, *, groups: Sequence[str] | None = None) -> Interval:
     """The mean gap with its interval.
 
     Args:
         gap: Specialized minus base readout, shape `(prompt,)`.
-        seed: Of the bootstrap.
+        groups: As in `mean_interval`.
 
     Raises:
         NoGapError: the interval contains 0, or the gap of a single prompt is 0.
     """
-    interval = mean_interval(gap, seed=seed)
-    if interval.contains_zero if len(gap) > 1 else interval.estimate == 0:
+    interval = mean_interval(gap, groups=groups)
+    if (interval.contains_zero and not np.isnan(interval.low)) or interval.estimate == 0:
         raise NoGapError(
             f"the two models do not differ measurably in this readout: mean gap {interval.estimate:.4g}, 95 % interval "
             f"{interval.low:.4g} to {interval.high:.4g} over {len(gap)} prompts. A recovery would divide by noise. "
@@ -80,12 +92,13 @@ def check_gap(gap: Floats, *, seed: int = 0) -> Interval:
     return interval
 
 
-def recovery(effects: Floats, gap: Floats, *, seed: int = 0) -> Recovery:
+def recovery(effects: Floats, gap: Floats, *, groups: Sequence[str] | None = None, seed: int = 0) -> Recovery:
     """Fraction of the base-to-specialized gap that each patch closes.
 
     Args:
         effects: Patched minus recipient readout, shape `(component, prompt)`, in the readout's unit.
         gap: Specialized minus base readout, shape `(prompt,)`, same unit.
+        groups: What each prompt shares with others (its base query); groups are resampled as a whole.
         seed: Of the bootstrap; every component sees the same resamples.
 
     Returns:
@@ -96,18 +109,25 @@ def recovery(effects: Floats, gap: Floats, *, seed: int = 0) -> Recovery:
 
     Source:
         Our reading of E_w in Sun et al. 2026 (arXiv:2604.13694); ranking by the ratio of means is our choice.
+        Intervals: expanded percentile bootstrap (Hesterberg 2015, doi:10.1080/00031305.2015.1089789), wider for few
+        prompts.
     """
-    mean_gap = check_gap(gap, seed=seed).estimate
+    mean_gap = check_gap(gap, groups=groups).estimate
     ratio = effects.mean(axis=1) / mean_gap
     real = gap / mean_gap >= REAL_GAP
     mean_of_ratios = (effects[:, real] / gap[real]).mean(axis=1)
     low, high = np.full_like(ratio, np.nan), np.full_like(ratio, np.nan)
-    if len(gap) > 1:
-        weights = _resamples(len(gap), seed)
+    members = _group_weights(len(gap), groups)
+    if len(members) > 1:
+        sizes = (members > 0).sum(axis=1)
+        draws = np.random.default_rng(seed).multinomial(
+            len(members), np.full(len(members), 1 / len(members)), size=N_RESAMPLES
+        )
+        weights = (draws * sizes) @ members  # prompts in each resample: a group's sum is its size times its mean
         gaps = weights @ gap
         for start in range(0, len(effects), _CHUNK):
             part = slice(start, start + _CHUNK)
-            low[part], high[part] = np.quantile(weights @ effects[part].T / gaps[:, None], _tails(), axis=0)
+            low[part], high[part] = np.quantile(weights @ effects[part].T / gaps[:, None], _tails(len(members)), axis=0)
     return Recovery(ratio=ratio, low=low, high=high, mean_of_ratios=mean_of_ratios)
 
 
@@ -127,11 +147,17 @@ def area_under_curve(positive: Floats, negative: Floats) -> float:
     return float(above + 0.5 * (positive[:, None] == negative[None, :]).mean())
 
 
-def _tails() -> tuple[float, float]:
-    return (1 - LEVEL) / 2, (1 + LEVEL) / 2
+def _tails(n: int) -> tuple[float, float]:
+    """Quantiles of the bootstrap between which an interval lies: further out than 2.5 % and 97.5 % for few groups."""
+    low = float(normal.cdf(-((n / (n - 1)) ** 0.5) * student_t.ppf((1 + LEVEL) / 2, n - 1)))
+    return low, 1 - low
 
 
-def _resamples(n_prompts: int, seed: int) -> Floats:
-    """Weights of prompts in each bootstrap resample, shape `(resample, prompt)`; rows add up to 1."""
-    draws = np.random.default_rng(seed).multinomial(n_prompts, np.full(n_prompts, 1 / n_prompts), size=N_RESAMPLES)
-    return draws / n_prompts
+def _group_weights(n_prompts: int, groups: Sequence[str] | None) -> Floats:
+    """Means within groups as a matrix, shape `(group, prompt)`; rows add up to 1."""
+    if groups is None:
+        return np.eye(n_prompts)
+    names = list(dict.fromkeys(groups))
+    members = np.array([[float(name == group) for group in groups] for name in names])
+    shares: Floats = members / members.sum(axis=1, keepdims=True)
+    return shares

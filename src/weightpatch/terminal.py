@@ -32,15 +32,21 @@ def print_run(opened: Run, *, as_json: bool) -> None:
             continue
         failed = [gate["name"] for gate in fitted["gates"] if not gate["passed"]]
         verdict = f"unstable, failed {', '.join(failed)}" if failed else "every gate passed"
-        print(f"\n{task}: anchor at layer {fitted['layer']}, gap {fitted['gap']:.3g}, {verdict}")
+        print(
+            f"\n{task}: anchor at layer {fitted['layer']}, gap {fitted['gap']:.3g} on {fitted['n_held_out']} held-out "
+            f"prompts, {verdict}"
+        )
         if result["error"]:
             print(f"  {result['error']}")
         rows = [
-            (row["component"], f"{row['recovery']:+.1%}", f"{row['ci_low']:+.1%} to {row['ci_high']:+.1%}")
+            (row["component"], f"{row['recovery']:.3f}", f"[{row['ci_low']:.3f}, {row['ci_high']:.3f}]")
             for row in result["effects"][:5]
         ]
         if rows:
             print_table(("component", "recovery", "95 % interval"), rows)
+            print(
+                f"  over {result['n_prompts']} prompts; a block contains its attention and MLP, so these do not add up"
+            )
     if opened.report.is_file():
         print(f"\nreport: {opened.report}")
 
@@ -48,20 +54,23 @@ def print_run(opened: Run, *, as_json: bool) -> None:
 def task_result(opened: Run, task: str) -> dict[str, Any]:
     """What `--json` says of one task."""
     if not (opened.folder(task) / "anchor.safetensors").is_file():
-        return {"anchor": None, "effects": [], "error": None}
+        return {"anchor": None, "effects": [], "n_prompts": 0, "error": None}
     fitted = opened.anchor(task)
-    about = asdict(fitted.report) if fitted.report else {"gap": None, "gates": []}
+    about: dict[str, Any] = {"gap": math.nan, "gates": [], "n_held_out": 0}
+    about |= asdict(fitted.report) if fitted.report else {}
     measured = (opened.folder(task) / "effects.parquet").is_file() and not opened.failure(task)
     columns = ["component", "recovery", "ci_low", "ci_high"]
-    top = opened.effects(task).top(TOP, seed=opened.config.seed)[columns] if measured else None
+    effects = opened.effects(task) if measured else None
     return {
         "anchor": {
             "layer": fitted.layer,
             "gap": about["gap"],
             "stable": fitted.report.stable if fitted.report else None,
             "gates": list(about["gates"]),
+            "n_held_out": about["n_held_out"],
         },
-        "effects": [] if top is None else top.to_dict(orient="records"),
+        "effects": effects.top(TOP, seed=opened.config.seed)[columns].to_dict(orient="records") if effects else [],
+        "n_prompts": len(effects.prompt_ids) if effects else 0,
         "error": opened.failure(task),
     }
 

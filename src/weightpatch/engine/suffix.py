@@ -21,8 +21,9 @@ from weightpatch.anchor import Anchor
 from weightpatch.architecture import embedding_weight, layers_of
 from weightpatch.component import Component, Slice, components, slices
 from weightpatch.engine import Measured
+from weightpatch.errors import ArchitectureError
 from weightpatch.pair import ModelPair
-from weightpatch.residuals import at_positions, batches, evaluating, pad, readout_index
+from weightpatch.residuals import at_positions, batches, evaluating, pad, readout_index, walk
 
 Weights = dict[str, Tensor]
 
@@ -37,27 +38,32 @@ def sweep(
     skip: Set[Component],
 ) -> Iterator[Measured]:
     """Measure through the suffix of the model; see `engine.Sweep`."""
+    _refuse_hooks(pair)
     with evaluating(pair.base):
         runs = [
             _Run.start(pair, [token_ids[index] for index in batch], batch, anchor)
             for batch in batches(token_ids, batch_tokens)
         ]
-        base = _gather([run.base for run in runs], runs)
-        n_done = 0
-        for layer, members in groupby(components, key=lambda component: component.layer):
-            group = list(members)
-            while layer is not None and n_done < layer:
-                for run in runs:
-                    run.advance()
-                n_done += 1
-            for chunk in _chunks(group, runs, batch_tokens):
-                if skip >= set(chunk):
-                    continue
-                parts = [run.measure(chunk) for run in runs]
-                for place, component in enumerate(chunk):
-                    yield Measured(
-                        component=component, readout=_gather([part[place] for part in parts], runs), base=base
-                    )
+    base = _gather([run.base for run in runs], runs)
+    for layer, members in groupby(components, key=lambda component: component.layer):
+        for chunk in _chunks(list(members), runs, batch_tokens):
+            if skip >= set(chunk):
+                continue
+            with evaluating(pair.base):  # left before anything is handed out: the caller's own mode is not ours
+                parts = [run.measure(chunk, layer) for run in runs]
+            for place, component in enumerate(chunk):
+                readout = _gather([part[place] for part in parts], runs)
+                yield Measured(component=component, readout=readout, base=base)
+
+
+def _refuse_hooks(pair: ModelPair) -> None:
+    """Raise for hooks on whole layers: the end of a layer is done here by hand, so they would not see it."""
+    hooked = [place for place, layer in enumerate(layers_of(pair.base)) if layer._forward_hooks]
+    if hooked:
+        raise ArchitectureError(
+            f"layer {hooked[0]} of the base has forward hooks, which the suffix engine would pass by. Remove them, or "
+            'use engine="swap".'
+        )
 
 
 def _chunks(group: Sequence[Component], runs: Sequence[_Run], batch_tokens: int) -> Iterator[list[Component]]:
@@ -116,17 +122,15 @@ class _Run:
             residual=residual,
         )
 
-    def advance(self) -> None:
-        """Go up by one layer of the base."""
-        self.residual = self.calls[self.layer](self.residual)
-        self.layer += 1
-        self._writes = None
-
-    def measure(self, chunk: Sequence[Component]) -> Tensor:
-        """Patched readouts of components of the current layer, shape `(component, prompt)`."""
-        if chunk[0].layer is None:
+    def measure(self, chunk: Sequence[Component], layer: int | None) -> Tensor:
+        """Patched readouts of components of one layer, not below that of earlier calls; `(component, prompt)`."""
+        if layer is None:
             leaving, above = torch.stack([self._embedded(component) for component in chunk]), 0
         else:
+            while self.layer < layer:
+                self.residual = self.calls[self.layer](self.residual)
+                self.layer += 1
+                self._writes = None
             self._writes = self._writes or _Writes(self.pair, self.layer, self.calls[self.layer], self.residual)
             leaving, above = self._writes.leaving(chunk), self.layer + 1
         rows = leaving.flatten(0, 1)
@@ -179,7 +183,7 @@ class _Call:
 
 
 class _Done(Exception):
-    """All that was wanted of a forward pass has been seen."""
+    """All that was wanted of a layer has been seen."""
 
 
 def _record(
@@ -192,31 +196,16 @@ def _record(
     """
     layers = layers_of(pair.base)
     calls: list[_Call] = []
-    streams: list[Tensor] = []
+    ends: dict[bool, Tensor] = {}
 
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        kwargs = dict(kwargs)
-        residual, args = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), args)
-        streams.append(residual)
-        if len(streams) > last:
-            raise _Done
-        calls.append(_Call(layer=module, args=args, kwargs=kwargs))
+    def see(layer: int, residual: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ends.setdefault(False, residual)
+        ends[True] = residual
+        if layer < last:
+            calls.append(_Call(layer=layers[layer], args=args, kwargs=kwargs))
 
-    def after(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-        streams.append(output[0] if isinstance(output, tuple) else output)
-        raise _Done
-
-    handles = [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in layers[: last + 1]]
-    if last == len(layers):
-        handles.append(layers[-1].register_forward_hook(after))
-    try:
-        functional_call(pair.base, weights or {}, (), {"input_ids": tokens, "use_cache": False})
-    except _Done:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
-    return calls, streams[0], streams[-1]
+    walk(pair.base, tokens, last, see, weights=weights)
+    return calls, ends[False], ends[True]
 
 
 def _hybrid(pair: ModelPair, members: Sequence[Component], *, prefix: str) -> Weights:
@@ -228,12 +217,8 @@ def _hybrid(pair: ModelPair, members: Sequence[Component], *, prefix: str) -> We
         ours = pair.base.get_parameter(piece.parameter)
         if name not in weights:
             weights[name] = ours.detach().clone()
-        _cut(weights[name], piece).copy_(_cut(pair.specialized_weight(piece.parameter), piece))
+        piece.of(weights[name]).copy_(piece.of(pair.specialized_weight(piece.parameter)))
     return weights
-
-
-def _cut(tensor: Tensor, piece: Slice) -> Tensor:
-    return tensor.narrow(piece.axis, piece.start, piece.stop - piece.start)
 
 
 class _Writes:
@@ -296,8 +281,8 @@ class _Writes:
         column = self._piece(f"{self.prefix}{self.family.mlp_out}.weight", component)
         ours = self.pair.base.get_parameter(column.parameter).detach()
         theirs = self.pair.specialized_weight(column.parameter)
-        base_write = self.neurons_in[..., index, None] * _cut(ours, column).flatten()
-        return self._inputs_with("neurons")[..., index, None] * _cut(theirs, column).flatten().to(ours) - base_write
+        base_write = self.neurons_in[..., index, None] * column.of(ours).flatten()
+        return self._inputs_with("neurons")[..., index, None] * column.of(theirs).flatten().to(ours) - base_write
 
     def _inputs_with(self, unit: str) -> Tensor:
         """Input of `o` (or, for neurons, of the out-matrix) when every component of a unit is specialized.
@@ -329,7 +314,7 @@ class _Writes:
         piece = self._piece(f"{self.prefix}{self.family.o}.weight", component)
         weight = self.pair.specialized_weight(piece.parameter) if specialized else None
         ours = self.pair.base.get_parameter(piece.parameter).detach()
-        cut = _cut(ours if weight is None else weight.to(ours), piece)
+        cut = piece.of(ours if weight is None else weight.to(ours))
         return cut if piece.axis == 0 else cut.T
 
     def _piece(self, parameter: str, component: Component) -> Slice:

@@ -132,7 +132,7 @@ def _read_task(run: Run, task: str, prompts: ContrastPrompts) -> TaskResult:
         return TaskResult(name=task, examples=examples, anchor=anchor, notice=notice)
     effects = run.effects(task)
     table = effects.table(seed=run.config.seed)
-    gap = mean_interval(effects.gap.numpy(), seed=run.config.seed)
+    gap = mean_interval(effects.gap.numpy(), groups=effects.queries)
     return TaskResult(
         name=task,
         examples=examples,

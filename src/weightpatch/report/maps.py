@@ -28,6 +28,9 @@ Grid = list[list[Score | None]]
 _LETTERS = {"heads": "H{}", "heads.q": "H{}.q", "heads.o": "H{}.o", "kvs": "KV{}"}
 _GAP = 22
 
+SMALLEST_SCALE = 0.01
+"""Recovery at the end of a colour scale when everything is smaller."""
+
 
 def head_map(table: pd.DataFrame, *, n_layers: int, anchor_layer: int) -> go.Figure:
     """Recovery of every head and key/value group: layers from left to right, one row for each index.
@@ -146,9 +149,9 @@ def _cells(grid: Grid) -> dict[str, object]:
 
 
 def _scale(grids: Sequence[Grid]) -> dict[str, object]:
-    """A diverging scale centred on 0 that reaches the largest value on both sides."""
+    """A diverging scale centred on 0 that reaches the largest value on both sides, but never shows rounding as colour."""
     sizes = (abs(score.recovery) for grid in grids for row in grid for score in row if score is not None)
-    limit = max(sizes, default=0.0) or 1.0
+    limit = max(max(sizes, default=0.0), SMALLEST_SCALE)
     return {
         "colorscale": [[place / (len(DIVERGING) - 1), color] for place, color in enumerate(DIVERGING)],
         "cmin": -limit,
