@@ -8,9 +8,11 @@ import torch
 
 from conftest import build_model
 from weightpatch import ModelPair, patched
+from weightpatch.arithmetic import word_problems
 from weightpatch.errors import PromptError
 from weightpatch.evaluation import Evaluation, evaluate, judge
 from weightpatch.generation import Generation, generate
+from weightpatch.programming import coding_tasks
 from weightpatch.prompts import tokenize
 from weightpatch.statistics import pass_rate
 from weightpatch.suites import Check, Problem, load_suite
@@ -87,6 +89,19 @@ def test_a_users_ifeval_file_runs_and_types_without_a_checker_are_named_and_coun
     found.save(tmp_path / "answers.jsonl")
     records = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     assert [record["strict"] for record in records] == [[False], [True, None]]
+
+
+def test_the_math_and_code_suites_judge_right_and_wrong_answers() -> None:
+    for name, kind in (("math", word_problems), ("code", coding_tasks)):
+        suite = load_suite(name, n=6)
+        sources = kind("held-out", n=6)
+        assert [problem.prompt for problem in suite.problems] == [source.prompt for source in sources]
+        solutions = [source.solution for source in sources]
+        answers = [f"```python\n{text}\n```" if name == "code" else text for text in solutions]
+        right = [judge(problem, answer(text)).strict for problem, text in zip(suite.problems, answers, strict=True)]
+        wrong = [judge(problem, answer("#### -12345\ndef f(): pass")).strict for problem in suite.problems]
+        assert right == [(True,)] * 6
+        assert wrong == [(False,)] * 6
 
 
 def test_loose_forgives_a_first_line_that_strict_does_not() -> None:

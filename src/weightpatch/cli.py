@@ -226,7 +226,7 @@ def run(
 @app.command("eval")
 def eval_(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, folder, .gguf file or PEFT adapter folder.")],
-    suite: Annotated[str, typer.Option(help="instruct, or a JSONL file with IFEval's fields.")],
+    suite: Annotated[str, typer.Option(help="instruct, math, code, or a JSONL file with IFEval's fields.")],
     base: Annotated[str | None, typer.Option(help="What an adapter is applied to.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write every answer with its verdicts here, as JSONL.")] = None,
     n: Annotated[int, typer.Option(min=1, help="Problems of each type of a built-in suite.")] = 36,

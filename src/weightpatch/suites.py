@@ -8,10 +8,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from weightpatch.arithmetic import solves, word_problems
 from weightpatch.checkers import follows
 from weightpatch.errors import PromptError
 from weightpatch.instructions import INSTRUCTIONS, instruction_rows
+from weightpatch.programming import coding_tasks, extract_code
+from weightpatch.sandbox import run_tests
 
+MATH = "math"
+CODE = "code"
 PLAIN = "plain"
 """The type of a query without an instruction: its answer should follow none of those that show."""
 
@@ -26,7 +31,7 @@ class Check:
     """One thing that an answer is checked for.
 
     Attributes:
-        type: A task of the built-in instructions, an IFEval id, or `plain`.
+        type: A task of the built-in instructions, an IFEval id, `math`, `code` or `plain`.
         kwargs: What the checker needs to know.
     """
 
@@ -36,7 +41,7 @@ class Check:
     @property
     def is_known(self) -> bool:
         """Whether there is a checker for it here."""
-        return self.type in (*INSTRUCTIONS, *_IFEVAL, PLAIN)
+        return self.type in (*INSTRUCTIONS, *_IFEVAL, PLAIN, MATH, CODE)
 
     @property
     def name(self) -> str:
@@ -48,11 +53,17 @@ class Check:
 
         Args:
             response: The answer.
-            loose: Whether any of IFEval's eight variants of the answer is enough.
+            loose: Whether any of IFEval's eight variants of the answer is enough; for `math`, the last number of an
+                answer without `####`. `code` knows no looser way: its hidden tests pass or not.
 
         Raises:
             PromptError: there is no checker for this type.
         """
+        if self.type == MATH:
+            return solves(self.kwargs["answer"], response, loose=loose)
+        if self.type == CODE:
+            code = extract_code(response, self.kwargs["entry_point"])
+            return run_tests(code, self.kwargs["tests"]).passed
         if self.type == PLAIN:
             shown = (follows(name, response, INSTRUCTIONS[name].kwargs) for name in _SHOWING)
             return bool(response.strip()) and not any(shown)
@@ -83,11 +94,12 @@ class Suite:
 
 
 def load_suite(source: str | Path, *, n: int = 36, seed: int = 0) -> Suite:
-    """Read a suite: `instruct`, or a JSONL file in IFEval's own form.
+    """Read a suite: `instruct`, `math`, `code`, or a JSONL file in IFEval's own form.
 
     Args:
-        source: `instruct` (the six types and plain queries, on queries that no expert was trained on), or a file whose
-            lines have `prompt`, `instruction_id_list` and `kwargs`, as IFEval's `input_data.jsonl`.
+        source: `instruct` (the six types and plain queries), `math` (word problems) or `code` (short functions, run
+            against hidden tests), all held out from what the experts were trained on; or a file whose lines have
+            `prompt`, `instruction_id_list` and `kwargs`, as IFEval's `input_data.jsonl`.
         n: Problems of each type of a built-in suite.
         seed: Which problems.
 
@@ -96,6 +108,17 @@ def load_suite(source: str | Path, *, n: int = 36, seed: int = 0) -> Suite:
     """
     if str(source) == "instruct":
         return Suite(name="instruct", problems=tuple(_instruct_problems(n, seed)))
+    if str(source) == MATH:
+        words = word_problems("held-out", n=n, seed=seed)
+        solving = [(word.id, word.prompt, Check(type=MATH, kwargs={"answer": word.answer})) for word in words]
+        return Suite(name=MATH, problems=tuple(Problem(id=i, prompt=p, checks=(check,)) for i, p, check in solving))
+    if str(source) == CODE:
+        tasks = coding_tasks("held-out", n=n, seed=seed)
+        coding = [
+            (task.id, task.prompt, Check(type=CODE, kwargs={"entry_point": task.entry_point, "tests": task.tests}))
+            for task in tasks
+        ]
+        return Suite(name=CODE, problems=tuple(Problem(id=i, prompt=p, checks=(check,)) for i, p, check in coding))
     return Suite(name=str(source), problems=_read_ifeval(Path(source)))
 
 
@@ -121,7 +144,7 @@ def _read_ifeval(path: Path) -> tuple[Problem, ...]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise PromptError(
-            f"cannot read the suite {path}: {error}. Name instruct, or a JSONL file with IFEval's fields."
+            f"cannot read the suite {path}: {error}. Name instruct, math or code, or a JSONL file with IFEval's fields."
         ) from error
     problems, faults = [], []
     for number, line in enumerate(lines, 1):

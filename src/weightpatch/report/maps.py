@@ -149,7 +149,7 @@ def _cells(grid: Grid) -> dict[str, object]:
 
 
 def _scale(grids: Sequence[Grid]) -> dict[str, object]:
-    """A diverging scale centred on 0 that reaches the largest value on both sides, but never shows rounding as colour."""
+    """A diverging scale centred on 0 that reaches the largest value on both sides, and never colours mere rounding."""
     sizes = (abs(score.recovery) for grid in grids for row in grid for score in row if score is not None)
     limit = max(max(sizes, default=0.0), SMALLEST_SCALE)
     return {
