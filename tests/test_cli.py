@@ -96,6 +96,23 @@ def test_a_mistake_without_json_goes_to_stderr_in_words(weightpatch: Program, tm
     assert "Traceback" not in result.err
 
 
+def test_a_wrong_argument_shows_the_usage_and_then_the_error(weightpatch: Program) -> None:
+    result = weightpatch("run", "tiny:base")
+    assert result.code == 2
+    assert result.err.startswith("Usage: ")
+    assert result.err.splitlines()[-1] == "error: Missing argument 'SPECIALIZED'."
+
+
+def test_ctrl_c_is_said_in_one_json_object(weightpatch: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_arguments: object, **_options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("weightpatch.pair.ModelPair.from_pretrained", interrupt)
+    result = weightpatch("inspect", "tiny:base", "tiny:specialized", "--json")
+    assert result.code == 1
+    assert result.record == {"error": "interrupted. The same command continues where it stopped."}
+
+
 def test_inspect_says_that_the_bundled_models_are_a_pair_and_where_they_differ(weightpatch: Program) -> None:
     found = weightpatch("inspect", "tiny:base", "tiny:specialized", "--json").record
     assert found["pair"] is True

@@ -68,9 +68,9 @@ def main() -> None:
         fields = {"pair": False, "differences": list(error.differences)} if isinstance(error, PairError) else {}
         fail(str(error), as_json, 2, fields)
     except _CommandLineError as error:
-        message = error.format_message()
-        usage = getattr(error, "ctx", None)
-        fail(message if as_json or not usage else f"{usage.get_usage()}\n{message}", as_json, 2)
+        if (context := getattr(error, "ctx", None)) and not as_json:
+            print(context.get_usage(), file=sys.stderr)
+        fail(error.format_message(), as_json, 2)
     except (typer.Abort, KeyboardInterrupt):
         fail(_INTERRUPTED, as_json, 1)
     except Exception as error:
