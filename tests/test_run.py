@@ -19,7 +19,8 @@ from conftest import build_pair
 from weightpatch import Anchor, ContrastPrompts, ModelPair
 from weightpatch.errors import NoGapError, PromptError, RunError, WeightpatchError
 from weightpatch.prompts import SPLITS, ContrastPrompt
-from weightpatch.run import Run, RunConfig, alone, check_folder, fit_anchors, measure_effects, start
+from weightpatch.run import Run, RunConfig, alone, check_folder
+from weightpatch.stages import fit_anchors, measure_effects, start
 
 CONFIG = RunConfig(base="b", specialized="s", units="heads,mlps", layer=2)
 

@@ -339,7 +339,8 @@ def _run(
     quiet()
     from weightpatch.pair import ModelPair
     from weightpatch.prompts import ContrastPrompts
-    from weightpatch.run import Run, alone, check_folder, check_settings, fit_anchors, measure_effects, start
+    from weightpatch.run import Run, alone, check_folder
+    from weightpatch.stages import check_settings, fit_anchors, measure_effects, start
 
     check_folder(out, config)
     with status(f"reading {config.base} and {config.specialized}"):

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from weightpatch.evaluation import Evaluation
-    from weightpatch.run import Progress, Run
+    from weightpatch.run import Run
+    from weightpatch.stages import Progress
 
 TOP = 20
 """Components that `--json` lists for each task."""
