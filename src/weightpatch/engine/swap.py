@@ -1,6 +1,6 @@
 """The oracle: write the weights into the base, run the whole model, restore bit for bit.
 
-As plain as can be. Beyond the table of slices it shares no code with the fast engines, so that agreement means
+As plain as can be. Beyond the table of slices and the readout it shares no code with the fast engines: agreement means
 something.
 """
 
