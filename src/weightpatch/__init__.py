@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from weightpatch.anchor import Anchor as Anchor
-    from weightpatch.anchor import fit_anchor as fit_anchor
     from weightpatch.component import Component as Component
     from weightpatch.errors import WeightpatchError as WeightpatchError
+    from weightpatch.fitting import fit_anchor as fit_anchor
     from weightpatch.localization import Effects as Effects
     from weightpatch.localization import localize as localize
     from weightpatch.pair import ModelPair as ModelPair
     from weightpatch.patch import patched as patched
     from weightpatch.prompts import ContrastPrompts as ContrastPrompts
+    from weightpatch.steering import steered as steered
 
 __version__ = "0.1.0"
 
@@ -28,9 +29,10 @@ _HOME = {
     "Effects": "localization",
     "ModelPair": "pair",
     "WeightpatchError": "errors",
-    "fit_anchor": "anchor",
+    "fit_anchor": "fitting",
     "localize": "localization",
     "patched": "patch",
+    "steered": "steering",
 }
 
 __all__ = [*_HOME]  # noqa: PLE0604

@@ -37,6 +37,7 @@ def generate(
     *,
     max_new_tokens: int = MAX_NEW_TOKENS,
     batch_size: int = BATCH_SIZE,
+    on_batch: Callable[[Sequence[int]], None] | None = None,
     on_done: Callable[[int], None] | None = None,
 ) -> list[Generation]:
     """Continue every prompt greedily until the model ends its answer.
@@ -47,6 +48,8 @@ def generate(
         prompts: Unpadded token ids.
         max_new_tokens: Most tokens of an answer.
         batch_size: Prompts that are continued side by side.
+        on_batch: Called before each batch with the prompts in it, by their place, row by row; for hooks that treat
+            rows differently.
         on_done: Called with the number of answers finished so far, for progress.
 
     Returns:
@@ -59,6 +62,8 @@ def generate(
         for start in range(0, len(order), batch_size):
             places = order[start : start + batch_size]
             width = max(len(prompts[place]) for place in places)
+            if on_batch:
+                on_batch(places)
             padding = [[0] * (width - len(prompts[place])) for place in places]
             tokens = torch.tensor([[*pad, *prompts[place]] for pad, place in zip(padding, places, strict=True)])
             mask = torch.tensor([[0] * len(pad) + [1] * (width - len(pad)) for pad in padding])
@@ -66,6 +71,7 @@ def generate(
                 input_ids=tokens.to(model.device),
                 attention_mask=mask.to(model.device),
                 max_new_tokens=max_new_tokens,
+                use_cache=True,
                 do_sample=False,
                 eos_token_id=sorted(ends),
                 pad_token_id=min(ends),

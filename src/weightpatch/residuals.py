@@ -1,8 +1,8 @@
-"""Residual streams of whole, untouched models at the readout positions: what anchors are made of and measured with."""
+"""Residual streams of whole models: read at the readout positions, or changed on the way."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
@@ -90,6 +90,37 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
     finally:
         for module, training in found:
             module.training = training
+
+
+Edit = Callable[[Tensor], Tensor]
+"""Takes the residual stream that enters a layer, `(prompt, token, feature)`, and gives what shall enter it instead."""
+
+
+@contextmanager
+def editing(model: PreTrainedModel, edits: Mapping[int, Edit]) -> Iterator[None]:
+    """Change the residual stream that enters some layers in every forward pass, for as long as the block lasts.
+
+    Args:
+        model: A model whose family has a row in the architecture table.
+        edits: Layer -> what happens to the stream that enters it; `n_layers`: to what leaves the last one.
+    """
+    layers = layers_of(model)
+    with ExitStack() as hooks:
+        for layer, edit in edits.items():
+
+            def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], edit: Edit = edit) -> Any:
+                if args:
+                    return (edit(args[0]), *args[1:]), kwargs
+                return args, {**kwargs, "hidden_states": edit(kwargs["hidden_states"])}
+
+            def after(_module: nn.Module, _args: tuple[Any, ...], output: Any, edit: Edit = edit) -> Any:
+                return (edit(output[0]), *output[1:]) if isinstance(output, tuple) else edit(output)
+
+            if layer < len(layers):
+                hooks.callback(layers[layer].register_forward_pre_hook(before, with_kwargs=True).remove)
+            else:
+                hooks.callback(layers[-1].register_forward_hook(after).remove)
+        yield
 
 
 class _Done(Exception):

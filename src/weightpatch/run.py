@@ -23,12 +23,13 @@ import torch
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from weightpatch.anchor import Anchor, Estimator, Readout
+from weightpatch.anchor import Anchor, Readout
 from weightpatch.component import Component
 from weightpatch.errors import RunError
 from weightpatch.localization import Effects, Engine, Method
 from weightpatch.prompts import ContrastPrompts
 from weightpatch.residuals import BATCH_TOKENS
+from weightpatch.streams import Estimator
 
 FORMAT = "weightpatch.run/1"
 LOCK = ".lock"

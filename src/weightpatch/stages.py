@@ -14,10 +14,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from weightpatch.anchor import Anchor, fit_anchor, halves
+from weightpatch.anchor import Anchor
 from weightpatch.component import components
 from weightpatch.difference import weight_differences
 from weightpatch.errors import NoGapError, RunError
+from weightpatch.fitting import fit_anchor, halves
 from weightpatch.localization import plan, reference, sweep
 from weightpatch.pair import ModelPair, check_prompts
 from weightpatch.prompts import ContrastPrompts

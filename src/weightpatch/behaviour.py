@@ -1,0 +1,262 @@
+"""What an anchor does to generated answers: steering the base, ablating the specialized model, and the controls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from weightpatch.anchor import Arm, Behaviour, Gate, Span
+from weightpatch.errors import AnchorError
+from weightpatch.generation import BATCH_SIZE, generate
+from weightpatch.pair import ModelPair
+from weightpatch.prompts import ContrastPrompt, ContrastPrompts
+from weightpatch.statistics import Floats, Interval, mean_interval
+from weightpatch.steering import Hold, from_the_end, holding
+from weightpatch.streams import Estimator, Indices, Streams
+from weightpatch.suites import Check
+
+Passes = Callable[[ContrastPrompt, str], bool]
+"""Whether an answer to a prompt follows its instruction."""
+
+SPANS: tuple[Span, ...] = ("prompt", "answer")
+MAX_NEW_TOKENS = 80
+N_LAYERS = 6
+REPETITIVE = 0.5
+"""An answer repeats itself if more than this share of its sequences of four tokens stood there before (our choice)."""
+
+_NGRAM = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answering:
+    """How answers are generated and judged.
+
+    Attributes:
+        passes: Judges an answer; None: the checker that a prompt names by `type` and `kwargs`, or by its task.
+        others: Prompts of another task, whose anchor serves as a control; None: no such control.
+        max_new_tokens: Most tokens of an answer.
+        batch_size: Answers generated side by side.
+        n_layers: Most layers that steering is tried at.
+        seed: Of the random directions.
+        on_done: Called with answers done and answers planned in the present batch of work, for progress.
+    """
+
+    passes: Passes | None = None
+    others: ContrastPrompts | None = None
+    max_new_tokens: int = MAX_NEW_TOKENS
+    batch_size: int = BATCH_SIZE
+    n_layers: int = N_LAYERS
+    seed: int = 0
+    on_done: Callable[[int, int], None] | None = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Verdicts:
+    """Answers judged, one entry to a job. An answer that repeats itself does not pass, whatever its form."""
+
+    passed: Floats
+    repetitive: Floats
+
+
+def can_judge(pair: ModelPair, prompts: ContrastPrompts) -> bool:
+    """Whether answers can be generated and every prompt names a checker that is known here."""
+    return pair.tokenizer is not None and all(not row.with_instruction and _check(row).is_known for row in prompts)
+
+
+def repetition(ids: Sequence[int]) -> float:
+    """Share of an answer's sequences of four tokens that stood there before; 0 for one of fewer than five tokens."""
+    grams = [tuple(ids[at : at + _NGRAM]) for at in range(len(ids) - _NGRAM + 1)]
+    return 1 - len(set(grams)) / len(grams) if len(grams) > 1 else 0.0
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Bench:
+    """One task's prompts with all that is needed to have them answered in many ways."""
+
+    pair: ModelPair
+    prompts: ContrastPrompts
+    positions: tuple[int, ...]
+    answering: Answering
+
+    def __post_init__(self) -> None:
+        from_the_end(self.positions)
+        if self.pair.tokenizer is None:
+            raise AnchorError("gates by behaviour generate text: give the pair a tokenizer and prompts as text.")
+        if self.answering.passes is None and not can_judge(self.pair, self.prompts):
+            unknown = sorted({_check(row).type for row in self.prompts if not _check(row).is_known})
+            raise AnchorError(
+                f"there is no checker here for {', '.join(unknown) or 'prompts given as token ids'}. Name one in the "
+                "prompts' field `type`, judge answers yourself with Answering(passes=...), or use gates='readout'."
+            )
+
+    def judge(self, model: PreTrainedModel, jobs: Sequence[tuple[int, Hold | None]]) -> Verdicts:
+        """Let a model answer prompts, by their place, each held as its job says, and judge the answers."""
+        rows = [self.prompts.rows[place] for place, _ in jobs]
+        assert self.pair.tokenizer is not None
+        tokenized = ContrastPrompts(tuple({row.id: row for row in rows}.values())).tokenize(self.pair.tokenizer)
+        ids = dict(zip(tokenized.ids, tokenized.with_instruction, strict=True))
+        on_done = self.answering.on_done
+        with holding(model, [hold for _, hold in jobs]) as select:
+            answers = generate(
+                model,
+                self.pair.tokenizer,
+                [ids[row.id] for row in rows],
+                max_new_tokens=self.answering.max_new_tokens,
+                batch_size=self.answering.batch_size,
+                on_batch=select,
+                on_done=(lambda done: on_done(done, len(jobs))) if on_done else None,
+            )
+        passes = self.answering.passes or (lambda row, text: _check(row).passes(text))
+        repetitive = np.array([repetition(answer.ids) > REPETITIVE for answer in answers])
+        passed = np.array([passes(row, answer.text) for row, answer in zip(rows, answers, strict=True)])
+        return Verdicts(passed=(passed & ~repetitive).astype(float), repetitive=repetitive.astype(float))
+
+
+def search_layers(
+    bench: Bench,
+    streams: Streams,
+    halves: tuple[Indices, Indices],
+    layers: Sequence[int],
+    estimator: Estimator,
+) -> dict[Span, dict[int, float]]:
+    """Rise of the base's pass rate by steering at some layers: each half with the direction and level of the other.
+
+    Args:
+        bench: What to answer.
+        streams: Residuals at these layers at least.
+        halves: Places of the prompts, in two disjoint parts.
+        layers: Where steering is tried, every other one of the list if there are too many, and so on.
+        estimator: How directions are found.
+
+    Returns:
+        Span -> layer -> mean rise.
+    """
+    thinned = sorted({layers[round(at)] for at in np.linspace(0, len(layers) - 1, bench.answering.n_layers)})
+    jobs: list[tuple[int, Hold | None]] = [(int(place), None) for half in halves for place in half]
+    n_prompts = len(jobs)
+    tried = [(span, layer) for span in SPANS for layer in thinned]
+    for span, layer in tried:
+        for half, other in zip(halves, reversed(halves), strict=True):
+            hold = fit_hold(streams, layer, other, estimator, positions=bench.positions, span=span)
+            jobs += [(int(place), hold) for place in half]
+    passed = bench.judge(bench.pair.base, jobs).passed.reshape(-1, n_prompts)  # (way, prompt); way 0: unsteered
+    rises = (passed[1:] - passed[0]).mean(axis=1)
+    found: dict[Span, dict[int, float]] = {span: {} for span in SPANS}
+    for (span, layer), rise in zip(tried, rises, strict=True):
+        found[span][layer] = round(float(rise), 6)
+    return found
+
+
+def fit_hold(
+    streams: Streams,
+    layer: int,
+    chosen: Indices,
+    estimator: Estimator,
+    *,
+    positions: tuple[int, ...],
+    span: Span,
+) -> Hold | None:
+    """The hold that gives a prompt the specialized model's mean readout with the instruction; None: no direction."""
+    direction = streams.direction(layer, chosen, estimator)
+    if direction is None:
+        return None
+    level = float(streams.project(direction, layer, "s_with")[chosen].mean())
+    return Hold(layer=layer, direction=direction, level=level, positions=positions, span=span)
+
+
+def measure_behaviour(
+    bench: Bench,
+    held_out: Indices,
+    hold: Hold,
+    *,
+    ablation_level: float,
+    search: dict[Span, dict[int, float]],
+    other: Hold | None,
+) -> tuple[Behaviour, tuple[Gate, ...]]:
+    """Answers of both models, steered, ablated and with the controls, on prompts that had no part in fitting.
+
+    Args:
+        bench: What to answer.
+        held_out: Places of the prompts to use.
+        hold: The anchor at the specialized model's level with the instruction.
+        ablation_level: The specialized model's own level without it.
+        search: How the layer was chosen, for the record.
+        other: Another task's anchor at its own level.
+
+    Returns:
+        Pass rates by arm, and the gates.
+    """
+    pair, places = bench.pair, [int(place) for place in held_out]
+    generator = torch.Generator().manual_seed(bench.answering.seed)
+    randoms = [replace(hold, along=_unit(torch.randn(len(hold.direction), generator=generator))) for _ in places]
+    ways: dict[str, Sequence[Hold | None]] = {
+        "base": [None] * len(places),
+        "steered": [hold] * len(places),
+        "random": randoms,
+    }
+    if other is not None:
+        ways["other-task"] = [other] * len(places)
+    verdicts = _by_way(bench, pair.base, places, ways)
+    ablation = replace(hold, level=ablation_level, span="answer")
+    own: dict[str, Sequence[Hold | None]] = {"specialized": [None] * len(places), "ablated": [ablation] * len(places)}
+    verdicts |= _by_way(bench, pair.specialized, places, own)
+    others = bench.answering.others
+    behaviour = Behaviour(
+        span=hold.span,
+        level=hold.level,
+        ablation_level=ablation_level,
+        arms=tuple(
+            Arm(name=name, n=len(places), n_passed=int(own.passed.sum()), n_repetitive=int(own.repetitive.sum()))
+            for name, own in verdicts.items()
+        ),
+        search=search,
+        other_task=others.tasks[0] if other is not None and others is not None else None,
+        max_new_tokens=bench.answering.max_new_tokens,
+    )
+    queries = [bench.prompts.rows[place].query for place in places]
+    return behaviour, _gates({name: own.passed for name, own in verdicts.items()}, queries)
+
+
+def _gates(passed: dict[str, Floats], queries: Sequence[str]) -> tuple[Gate, ...]:
+    def rise(after: str, before: str) -> Interval:
+        return mean_interval(passed[after] - passed[before], groups=queries)
+
+    steering, ablation = rise("steered", "base"), rise("specialized", "ablated")
+    gates = [
+        _gate("steering", steering.low, "holding the base at the anchor raises its pass rate (lower end of 95 %)"),
+        _gate("ablation", ablation.low, "ablating the anchor lowers the specialized model's pass rate (lower end)"),
+    ]
+    controls = {"random": "random directions, pushed as far,", "other-task": "another task's anchor"}
+    for name, words in controls.items():
+        if name in passed:
+            by_itself, advantage = rise(name, "base"), rise("steered", name)
+            meaning = f"the anchor raises the pass rate by more than {words} (lower end), which by itself does not"
+            gates.append(_gate(name, advantage.low, meaning, unless=by_itself.low > 0))
+    return tuple(gates)
+
+
+def _gate(name: str, low: float, meaning: str, *, unless: bool = False) -> Gate:
+    return Gate(name=name, value=low, threshold=0.0, passed=low > 0 and not unless, meaning=meaning)
+
+
+def _by_way(
+    bench: Bench, model: PreTrainedModel, places: Sequence[int], ways: dict[str, Sequence[Hold | None]]
+) -> dict[str, Verdicts]:
+    jobs = [(place, hold) for holds in ways.values() for place, hold in zip(places, holds, strict=True)]
+    found = bench.judge(model, jobs)
+    passed, repetitive = (values.reshape(len(ways), len(places)) for values in (found.passed, found.repetitive))
+    return {name: Verdicts(passed=passed[row], repetitive=repetitive[row]) for row, name in enumerate(ways)}
+
+
+def _unit(vector: Tensor) -> Tensor:
+    unit: Tensor = vector.to(torch.float64) / vector.to(torch.float64).norm()
+    return unit
+
+
+def _check(row: ContrastPrompt) -> Check:
+    return Check(type=row.type or row.task, kwargs=row.kwargs)
