@@ -22,7 +22,7 @@ from weightpatch.prompts import SPLITS, ContrastPrompt
 from weightpatch.run import Run, RunConfig, alone, check_folder
 from weightpatch.stages import fit_anchors, measure_effects, start
 
-CONFIG = RunConfig(base="b", specialized="s", units="heads,mlps", layer=2)
+CONFIG = RunConfig(base="b", specialized="s", units="heads,mlps", layer=2, gates="readout")
 
 
 class Letters:

@@ -16,9 +16,20 @@ import typer
 
 from weightpatch import __version__
 from weightpatch.errors import PairError, WeightpatchError
-from weightpatch.terminal import counting, draw, fail, print_evaluation, print_json, print_run, print_table, status
+from weightpatch.terminal import (
+    counting,
+    draw,
+    fail,
+    print_evaluation,
+    print_json,
+    print_run,
+    print_table,
+    print_validation,
+    status,
+)
 
 if TYPE_CHECKING:
+    from weightpatch.curves import CurveSettings
     from weightpatch.run import RunConfig
 
 app = typer.Typer(
@@ -168,7 +179,14 @@ def run(
     layer: Annotated[int | None, typer.Option(help="Anchor layer, instead of searching it.")] = None,
     positions: Annotated[str, typer.Option(help="Readout positions with commas; from the end when negative.")] = "-1",
     readout: Annotated[str, typer.Option(help="projection, cosine or contrast.")] = "projection",
-    estimator: Annotated[str, typer.Option(help="mean-difference or principal-component.")] = "mean-difference",
+    estimator: Annotated[
+        str, typer.Option(help="mean-difference, difference-in-differences or principal-component.")
+    ] = "mean-difference",
+    gates: Annotated[
+        str,
+        typer.Option(help="How anchors are tested: readout, behaviour (generates answers), auto (where it can)."),
+    ] = "auto",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer, for the gates.")] = 80,
     engine: Annotated[str, typer.Option(help="suffix (fast) or swap (the slow oracle).")] = "suffix",
     n_queries: Annotated[int, typer.Option(min=4, help="Queries of each split of the built-in prompts.")] = 24,
     batch_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of one forward call.")] = 2048,
@@ -203,6 +221,8 @@ def run(
                 "positions": positions.split(","),
                 "readout": readout,
                 "estimator": estimator,
+                "gates": gates,
+                "max_new_tokens": max_new_tokens,
                 "engine": engine,
                 "n_queries": n_queries,
                 "batch_tokens": batch_tokens,
@@ -273,16 +293,7 @@ def anchor(
     as_json: AsJson = False,
 ) -> None:
     """One stage: fit the anchors that a run still lacks, and print them with their gates."""
-    _run(
-        _config_of(path),
-        path,
-        stages=("anchor",),
-        resumed=True,
-        as_json=as_json,
-        device_map=device_map,
-        allow_pickle=allow_pickle,
-        any_adapter_base=any_adapter_base,
-    )
+    _resume("anchor", path, device_map, allow_pickle, any_adapter_base, as_json)
 
 
 @app.command()
@@ -294,16 +305,35 @@ def localize(
     as_json: AsJson = False,
 ) -> None:
     """One stage: measure the effects that a run still lacks (its anchors must be there)."""
-    _run(
-        _config_of(path),
-        path,
-        stages=("localize",),
-        resumed=True,
-        as_json=as_json,
-        device_map=device_map,
-        allow_pickle=allow_pickle,
-        any_adapter_base=any_adapter_base,
+    _resume("localize", path, device_map, allow_pickle, any_adapter_base, as_json)
+
+
+@app.command()
+def validate(
+    path: RunPath,
+    necessity: Annotated[
+        bool, typer.Option("--necessity", help="Also put base weights into the specialized model.")
+    ] = False,
+    n_random: Annotated[int, typer.Option(min=0, help="Random sets beside each set.")] = 1,
+    n_prompts: Annotated[int, typer.Option(min=2, help="Prompts of each task, at most.")] = 24,
+    no_answers: Annotated[bool, typer.Option("--no-answers", help="Generate nothing: no pass rates.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 80,
+    device_map: DeviceMap = None,
+    allow_pickle: AllowPickle = False,
+    any_adapter_base: AnyAdapterBase = False,
+    as_json: AsJson = False,
+) -> None:
+    """One stage: patch the leading components of a run together, more and more, with random sets beside them."""
+    from weightpatch.curves import CurveSettings
+
+    settings = CurveSettings(
+        recipients=("base", "specialized") if necessity else ("base",),
+        n_random=n_random,
+        n_prompts=n_prompts,
+        answers=not no_answers,
+        max_new_tokens=max_new_tokens,
     )
+    _resume("validate", path, device_map, allow_pickle, any_adapter_base, as_json, curves=settings)
 
 
 @app.command()
@@ -318,10 +348,30 @@ def report(path: RunPath, as_json: AsJson = False) -> None:
     print_run(opened, as_json=as_json)
 
 
-def _config_of(path: Path) -> RunConfig:
+def _resume(
+    stage: str,
+    path: Path,
+    device_map: str | None,
+    allow_pickle: bool,
+    any_adapter_base: bool,
+    as_json: bool,
+    *,
+    curves: CurveSettings | None = None,
+) -> None:
+    """Do one stage of a run that was begun."""
     from weightpatch.run import Run
 
-    return Run.open(path).config
+    _run(
+        Run.open(path).config,
+        path,
+        stages=(stage,),
+        resumed=True,
+        as_json=as_json,
+        device_map=device_map,
+        allow_pickle=allow_pickle,
+        any_adapter_base=any_adapter_base,
+        curves=curves,
+    )
 
 
 def _run(
@@ -334,13 +384,14 @@ def _run(
     device_map: str | None = None,
     allow_pickle: bool = False,
     any_adapter_base: bool = False,
+    curves: CurveSettings | None = None,
 ) -> None:
     """Check what is cheap to check, load the pair, and do the stages one after another."""
     quiet()
     from weightpatch.pair import ModelPair
     from weightpatch.prompts import ContrastPrompts
     from weightpatch.run import Run, alone, check_folder
-    from weightpatch.stages import check_settings, fit_anchors, measure_effects, start
+    from weightpatch.stages import fit_anchors, measure_effects, start
 
     check_folder(out, config)
     with status(f"reading {config.base} and {config.specialized}"):
@@ -359,17 +410,25 @@ def _run(
             any_adapter_base=any_adapter_base,
             prompts=prompts,
         )
-        check_settings(config, pair, prompts)
     with alone(out):
         opened = start(config, pair, prompts, out)
         for stage in stages:
-            if stage == "report":
+            if stage == "anchor":
+                draw(fit_anchors(opened, pair))
+            elif stage == "localize":
+                draw(measure_effects(opened, pair))
+            elif stage == "validate":
+                from weightpatch.curves import CurveSettings, validate
+
+                draw(validate(opened, pair, curves or CurveSettings()))
+            else:
                 from weightpatch.report import write_report
 
                 write_report(opened)
-            else:
-                draw((fit_anchors if stage == "anchor" else measure_effects)(opened, pair))
-    print_run(opened, as_json=as_json)
+    if "validate" in stages:
+        print_validation(opened, as_json=as_json)
+    else:
+        print_run(opened, as_json=as_json)
 
 
 def _absolute(name: str) -> str:

@@ -23,6 +23,11 @@ UNITS: tuple[str, ...] = (
 LEVELS: tuple[str, ...] = ("blocks", "modules", "heads", "neurons")
 """Partitions of all parameters, coarse to fine."""
 
+_PART_OF: dict[str, str] = {
+    "attns": "blocks", "mlps": "blocks", "norms": "blocks", "rests": "blocks", "heads": "attns", "kvs": "attns",
+    "heads.q": "heads", "heads.o": "heads", "neurons": "mlps",
+}  # fmt: skip
+
 _FORMS: tuple[tuple[str, str], ...] = (
     ("blocks", r"L(0|[1-9][0-9]*)"),
     ("attns", r"L(0|[1-9][0-9]*)\.attn"),
@@ -107,6 +112,12 @@ def slices(architecture: Architecture, component: Component) -> tuple[Slice, ...
         why = "its parameters are tied to embed's: patch embed" if component.address == "unembed" else "it has none"
         raise ComponentError(f"{component} owns no parameters in this model: {why}.")
     return owned
+
+
+def encloses(unit: str, other: str) -> bool:
+    """Whether components of one unit own what components of another unit own: blocks enclose heads."""
+    whole = _PART_OF.get(other)
+    return whole is not None and (whole == unit or encloses(unit, whole))
 
 
 def components(architecture: Architecture, units: str | Sequence[str | Component]) -> tuple[Component, ...]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from weightpatch.anchor import Anchor
 from weightpatch.component import Component, components
@@ -244,13 +245,23 @@ def reference(
     pair: ModelPair, prompts: ContrastPrompts, anchor: Anchor, *, batch_tokens: int = BATCH_TOKENS
 ) -> tuple[Tensor, Tensor]:
     """Readouts of the base and of the specialized model, each of shape `(prompt,)`, float64."""
+    base, specialized = (
+        readouts(model, pair, prompts, anchor, batch_tokens=batch_tokens) for model in (pair.base, pair.specialized)
+    )
+    return base, specialized
+
+
+def readouts(
+    model: PreTrainedModel,
+    pair: ModelPair,
+    prompts: ContrastPrompts,
+    anchor: Anchor,
+    *,
+    batch_tokens: int = BATCH_TOKENS,
+) -> Tensor:
+    """An anchor's readout of one model of a pair, with whatever is patched into it, shape `(prompt,)`, float64."""
     token_ids = _inputs(pair, prompts, anchor)
-    reads = [
-        anchor.read(
-            read_residuals(
-                model, token_ids, layers=[anchor.layer], positions=anchor.positions, batch_tokens=batch_tokens
-            )[0]
-        )
-        for model in (pair.base, pair.specialized)
-    ]
-    return _contrasted(reads[0], anchor), _contrasted(reads[1], anchor)
+    residuals = read_residuals(
+        model, token_ids, layers=[anchor.layer], positions=anchor.positions, batch_tokens=batch_tokens
+    )
+    return _contrasted(anchor.read(residuals[0]), anchor)

@@ -7,6 +7,7 @@ tasks/<task>/anchor.safetensors   direction, gates, reference levels
 tasks/<task>/reference.json       readouts of both models, prompt by prompt
 tasks/<task>/effects.jsonl        one line for each component: the truth, append-only
 tasks/<task>/effects.parquet      derived
+tasks/<task>/validation.json      joint patches, once `validate` was run
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from weightpatch.anchor import Anchor, Readout
+from weightpatch.behaviour import MAX_NEW_TOKENS
 from weightpatch.component import Component
 from weightpatch.errors import RunError
 from weightpatch.localization import Effects, Engine, Method
@@ -36,7 +38,10 @@ LOCK = ".lock"
 
 
 class RunConfig(BaseModel):
-    """Everything that decides what a run finds. Fields as the arguments of the functions of these names."""
+    """Everything that decides what a run finds. Fields as the arguments of the functions of these names.
+
+    `gates="auto"` is `behaviour` for tasks whose every prompt is text and names a known checker, else `readout`.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -51,6 +56,8 @@ class RunConfig(BaseModel):
     positions: tuple[int, ...] = (-1,)
     estimator: Estimator = "mean-difference"
     readout: Readout = "projection"
+    gates: Literal["auto", "readout", "behaviour"] = "auto"
+    max_new_tokens: int = MAX_NEW_TOKENS
     method: Method = "exact"
     engine: Engine = "suffix"
     n_queries: int = 24
@@ -152,6 +159,12 @@ class Run:
         failure: str | None = self.reference(task)["failure"] if tried else None
         return failure
 
+    def validation(self, task: str) -> dict[str, Any]:
+        """`validation.json` of a task as it is; without points where nothing was validated."""
+        file = self.folder(task) / "validation.json"
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"points": []}
+        return found
+
     def n_missing(self, task: str) -> int:
         """How many of a task's planned components have no effects yet.
 
@@ -176,6 +189,23 @@ class Run:
                 f"{self.path} has no measurements of {task!r} yet. Go on: weightpatch localize {self.path}"
             ) from error
         return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """One step of a run.
+
+    Attributes:
+        stage: `anchor`, `localize` or `validate`.
+        task: The task it belongs to.
+        done: Components or sets measured, of this task.
+        total: Those to measure; 0 for the anchor stage.
+    """
+
+    stage: str
+    task: str
+    done: int = 0
+    total: int = 0
 
 
 def check_folder(folder: Path, config: RunConfig) -> None:
@@ -212,9 +242,15 @@ def alone(folder: Path) -> Iterator[None]:
         RunError: another process is at work there, or the folder cannot be made.
     """
     try:
+        is_new = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / LOCK, blocking=False):
-            yield
+        try:
+            with FileLock(folder / LOCK, blocking=False):
+                yield
+        finally:
+            if is_new and [file.name for file in folder.iterdir()] in ([], [LOCK]):  # nothing came of it
+                (folder / LOCK).unlink(missing_ok=True)
+                folder.rmdir()
     except Timeout as error:
         raise RunError(f"another process is at work on {folder}. Wait for it, or name another folder.") from error
     except OSError as error:

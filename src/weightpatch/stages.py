@@ -6,7 +6,7 @@ import hashlib
 import json
 import platform
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -15,32 +15,17 @@ import torch
 from torch import Tensor
 
 from weightpatch.anchor import Anchor
+from weightpatch.behaviour import Answering, Bench, can_judge
 from weightpatch.component import components
 from weightpatch.difference import weight_differences
 from weightpatch.errors import NoGapError, RunError
-from weightpatch.fitting import fit_anchor, halves
+from weightpatch.fitting import Gates, fit_anchor, halves
+from weightpatch.instructions import TASKS
 from weightpatch.localization import plan, reference, sweep
 from weightpatch.pair import ModelPair, check_prompts
-from weightpatch.prompts import ContrastPrompts
-from weightpatch.run import FORMAT, Run, RunConfig, check_folder, read_effects, refusal, write_whole
+from weightpatch.prompts import BUILT_IN, ContrastPrompts
+from weightpatch.run import FORMAT, Progress, Run, RunConfig, check_folder, read_effects, refusal, write_whole
 from weightpatch.statistics import check_gap
-
-
-@dataclass(frozen=True, kw_only=True)
-class Progress:
-    """One step of a run.
-
-    Attributes:
-        stage: `anchor` or `localize`.
-        task: The task it belongs to.
-        done: Components measured, of this task.
-        total: Components to measure; 0 for the anchor stage.
-    """
-
-    stage: str
-    task: str
-    done: int = 0
-    total: int = 0
 
 
 def start(config: RunConfig, pair: ModelPair, prompts: ContrastPrompts, out: str | Path) -> Run:
@@ -107,7 +92,7 @@ def check_settings(config: RunConfig, pair: ModelPair, prompts: ContrastPrompts)
 
     Raises:
         ComponentError: an unknown unit or address, or nothing below a fixed anchor layer.
-        AnchorError: too few queries, or a layer that the model does not have.
+        AnchorError: too few queries, a layer that the model does not have, or answers that cannot be judged.
         PromptError: a task without prompts in a split, or prompts that the models cannot read.
     """
     components(pair.architecture, config.units)
@@ -117,6 +102,8 @@ def check_settings(config: RunConfig, pair: ModelPair, prompts: ContrastPrompts)
     for task in prompts.tasks:
         own = prompts.of_task(task)
         halves(own.split("fit"))
+        if config.gates == "behaviour":
+            Bench(pair=pair, prompts=own.split("fit"), positions=config.positions, answering=Answering())
         own.split("localize")
 
 
@@ -138,19 +125,46 @@ def fit_anchors(run: Run, pair: ModelPair) -> Iterator[Progress]:
         yield Progress(stage="anchor", task=task)
         if file.is_file():
             continue
+        prompts = run.prompts().of_task(task).split("fit")
+        gates = resolve_gates(config, pair, prompts)
         anchor = fit_anchor(
             pair,
-            run.prompts().of_task(task).split("fit"),
+            prompts,
             layer=config.layer,
             positions=config.positions,
             estimator=config.estimator,
             readout=config.readout,
+            gates=gates,
+            answering=_answering(run, task) if gates == "behaviour" else None,
             batch_tokens=config.batch_tokens,
         )
         file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_name(file.name + ".partial")
         anchor.save(partial)
         partial.replace(file)
+
+
+def resolve_gates(config: RunConfig, pair: ModelPair, prompts: ContrastPrompts) -> Gates:
+    """What `gates="auto"` means for these prompts."""
+    if config.gates != "auto":
+        return config.gates
+    judged = can_judge(pair, prompts) and all(position < 0 for position in config.positions)
+    return "behaviour" if judged else "readout"
+
+
+def _answering(run: Run, task: str) -> Answering:
+    """How answers are generated; the control is the anchor of the run's next task, or of a built-in set's."""
+    names = list(run.tasks)
+    prompts = run.prompts()
+    if names == [task] and task in TASKS and run.config.prompts == f"{BUILT_IN}:{task}":
+        names = list(TASKS)
+        prompts = ContrastPrompts.load(BUILT_IN, seed=run.config.seed, n_queries=run.config.n_queries)
+    other = names[(names.index(task) + 1) % len(names)]
+    return Answering(
+        others=prompts.of_task(other).split("fit") if other != task else None,
+        max_new_tokens=run.config.max_new_tokens,
+        seed=run.config.seed,
+    )
 
 
 def measure_effects(run: Run, pair: ModelPair) -> Iterator[Progress]:

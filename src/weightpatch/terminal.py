@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from weightpatch.evaluation import Evaluation
-    from weightpatch.run import Run
-    from weightpatch.stages import Progress
+    from weightpatch.run import Progress, Run
 
 TOP = 20
 """Components that `--json` lists for each task."""
@@ -74,6 +73,27 @@ def task_result(opened: Run, task: str) -> dict[str, Any]:
         "n_prompts": len(effects.prompt_ids) if effects else 0,
         "error": opened.failure(task),
     }
+
+
+def print_validation(opened: Run, *, as_json: bool) -> None:
+    """Print a run's joint patches: what comes back with the leading components, and with random ones."""
+    found = {task: opened.validation(task) for task in opened.tasks}
+    if as_json:
+        print_json({"run": str(opened.path), "tasks": {task: record["points"] for task, record in found.items()}})
+        return
+    for task, record in found.items():
+        print(f"\n{task}: components patched together, leading ones first")
+        rows = [
+            (
+                f"{point['arm']} into the {point['recipient']}",
+                str(point["k"]),
+                f"{point['recovery']['estimate']:.3f}",
+                f"{point['kl_recovery']:.3f}",
+                "-" if point["passed"] is None else f"{point['n_passed']}/{point['n_prompts']}",
+            )
+            for point in record["points"]
+        ]
+        print_table(("set", "components", "recovery", "KL recovery", "answers that pass"), rows)
 
 
 def print_evaluation(found: Evaluation, *, as_json: bool) -> None:

@@ -1,0 +1,123 @@
+"""The stage `validate`: joint patches of the leading components of a run, more and more of them, beside random ones."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from weightpatch.behaviour import MAX_NEW_TOKENS, Answering, can_judge
+from weightpatch.component import Component
+from weightpatch.errors import RunError
+from weightpatch.pair import ModelPair
+from weightpatch.patch import Recipient
+from weightpatch.prompts import ContrastPrompts
+from weightpatch.run import Progress, Run, write_whole
+from weightpatch.validation import SHARES, JointPatch, measure_patch, random_like, rank, read_references
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurveSettings:
+    """What a validation measures.
+
+    Attributes:
+        recipients: `base`: is it enough to patch these; `specialized`: is it lost without them.
+        shares: Shares of the measured components that are patched together, the leading ones first.
+        n_random: Random sets beside each, with as many components of every unit.
+        n_prompts: Prompts of the split `validate`, at most.
+        answers: Whether answers are generated and judged, where the prompts name a checker.
+        max_new_tokens: Most tokens of an answer.
+    """
+
+    recipients: tuple[Recipient, ...] = ("base",)
+    shares: tuple[float, ...] = SHARES
+    n_random: int = 1
+    n_prompts: int = 24
+    answers: bool = True
+    max_new_tokens: int = MAX_NEW_TOKENS
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Point:
+    recipient: Recipient
+    arm: str
+    patch: tuple[Component, ...]
+    n_pool: int
+
+    @property
+    def key(self) -> tuple[str, str, int]:
+        return self.recipient, self.arm, len(self.patch)
+
+
+def validate(run: Run, pair: ModelPair, settings: CurveSettings) -> Iterator[Progress]:
+    """Measure the curves of every task that has effects, and write them to `validation.json` point by point.
+
+    Goes on where an earlier call with the same settings stopped.
+
+    Raises:
+        RunError: a validation with other settings is there.
+    """
+    for task in run.tasks:
+        if run.failure(task):
+            continue
+        effects = run.effects(task)
+        file = run.folder(task) / "validation.json"
+        record: dict[str, Any] = {"settings": json.loads(json.dumps(asdict(settings))), "points": []}
+        if file.is_file():
+            found = json.loads(file.read_text(encoding="utf-8"))
+            if found["settings"] != record["settings"]:
+                raise RunError(
+                    f"{file} was measured with other settings ({found['settings']}). Repeat them, or delete the file."
+                )
+            record = found
+        points = _plan(rank(effects), settings, seed=run.config.seed)
+        known = {(point["recipient"], point["arm"], point["k"]) for point in record["points"]}
+        yield Progress(stage="validate", task=task, done=len(known), total=len(points))
+        missing = [point for point in points if point.key not in known]
+        if not missing:
+            continue
+        prompts = ContrastPrompts(run.prompts().of_task(task).split("validate").rows[: settings.n_prompts])
+        answering = None
+        if settings.answers and can_judge(pair, prompts):
+            answering = Answering(max_new_tokens=settings.max_new_tokens)
+        references = read_references(pair, prompts, effects.anchor, batch_tokens=run.config.batch_tokens)
+        for done, point in enumerate(missing, len(known) + 1):
+            measured = measure_patch(
+                pair,
+                references,
+                point.patch,
+                recipient=point.recipient,
+                answering=answering,
+                batch_tokens=run.config.batch_tokens,
+                seed=run.config.seed,
+            )
+            record["points"].append(_line(point, measured))
+            write_whole(file, json.dumps(record, indent=1) + "\n")
+            yield Progress(stage="validate", task=task, done=done, total=len(points))
+
+
+def _plan(ranked: Sequence[Component], settings: CurveSettings, *, seed: int) -> list[_Point]:
+    counts = sorted({0, *(max(1, round(share * len(ranked))) for share in settings.shares)})
+    points = []
+    for recipient in settings.recipients:
+        for count in counts:
+            top = _Point(recipient=recipient, arm="top", patch=tuple(ranked[:count]), n_pool=len(ranked))
+            points.append(top)
+            if 0 < count < len(ranked):
+                points += [
+                    replace(top, arm=f"random {draw + 1}", patch=random_like(top.patch, ranked, seed=seed + draw))
+                    for draw in range(settings.n_random)
+                ]
+    return points
+
+
+def _line(point: _Point, measured: JointPatch) -> dict[str, Any]:
+    found = asdict(measured)
+    return {
+        "recipient": point.recipient,
+        "arm": point.arm,
+        "k": len(point.patch),
+        "share": len(point.patch) / point.n_pool,
+        **{name: found[name] for name in ("recovery", "kl", "kl_recovery", "passed", "n_passed", "n_prompts", "patch")},
+    }
