@@ -166,7 +166,9 @@ def test_the_demo_does_the_whole_job_on_the_bundled_pair(weightpatch: Program, t
         anchor, effects = found["tasks"][task]["anchor"], found["tasks"][task]["effects"]
         assert anchor["layer"] > 0
         assert anchor["gap"] > 0
-        assert {gate["name"] for gate in anchor["gates"]} == {"split-half-cosine", "auc", "gap"}
+        gates = {gate["name"]: gate["passed"] for gate in anchor["gates"]}
+        assert set(gates) == {"split-half-cosine", "auc", "gap", "steering", "ablation", "random", "other-task"}
+        assert all(gates.values()), task
         assert len(effects) == 20
         recoveries = [row["recovery"] for row in effects]
         assert recoveries == sorted(recoveries, reverse=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -14,6 +15,7 @@ from weightpatch.pair import ModelPair
 from weightpatch.patch import Recipient
 from weightpatch.prompts import ContrastPrompts
 from weightpatch.run import Progress, Run, write_whole
+from weightpatch.statistics import Interval
 from weightpatch.validation import SHARES, JointPatch, measure_patch, random_like, rank, read_references
 
 
@@ -93,7 +95,7 @@ def validate(run: Run, pair: ModelPair, settings: CurveSettings) -> Iterator[Pro
                 seed=run.config.seed,
             )
             record["points"].append(_line(point, measured))
-            write_whole(file, json.dumps(record, indent=1) + "\n")
+            write_whole(file, json.dumps(record, indent=1, allow_nan=False) + "\n")
             yield Progress(stage="validate", task=task, done=done, total=len(points))
 
 
@@ -113,11 +115,21 @@ def _plan(ranked: Sequence[Component], settings: CurveSettings, *, seed: int) ->
 
 
 def _line(point: _Point, measured: JointPatch) -> dict[str, Any]:
-    found = asdict(measured)
     return {
         "recipient": point.recipient,
         "arm": point.arm,
         "k": len(point.patch),
         "share": len(point.patch) / point.n_pool,
-        **{name: found[name] for name in ("recovery", "kl", "kl_recovery", "passed", "n_passed", "n_prompts", "patch")},
+        "recovery": _interval(measured.recovery),
+        "kl": _interval(measured.kl),
+        "kl_recovery": measured.kl_recovery,
+        "passed": _interval(measured.passed) if measured.passed else None,
+        "n_passed": measured.n_passed,
+        "n_prompts": measured.n_prompts,
+        "patch": list(measured.patch),
     }
+
+
+def _interval(found: Interval) -> dict[str, float | None]:
+    """JSON knows no NaN: null stands for an unknown bound."""
+    return {name: None if math.isnan(value) else value for name, value in asdict(found).items()}

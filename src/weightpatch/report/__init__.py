@@ -14,7 +14,7 @@ import plotly.graph_objects as go
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from weightpatch.report import figures, maps
+from weightpatch.report import behaviour, figures, maps
 from weightpatch.report.contents import N_TOP, TaskResult, command, count_words, read_tasks, short_name
 from weightpatch.report.sharing import SERVING_RECOVERY, share
 from weightpatch.report.style import unit_style
@@ -120,7 +120,9 @@ def _task_figures(task: TaskResult, run: Run, drawn: _Figures) -> dict[str, dict
     n_layers = int(run.manifest["architecture"]["n_layers"])
     if task.anchor is not None and task.anchor.report is not None:
         found["levels"] = figures.level_figure(task.anchor)
-        if len(task.anchor.report.search) > 1:
+        if task.anchor.report.behaviour is not None:
+            found["search"] = behaviour.steering_figure(task.anchor)
+        elif len(task.anchor.report.search) > 1:
             found["search"] = figures.search_figure(task.anchor)
     if task.anchor is not None and task.table is not None:
         units = set(task.table["unit"])
@@ -129,6 +131,9 @@ def _task_figures(task: TaskResult, run: Run, drawn: _Figures) -> dict[str, dict
         if units & {*figures.MODULES}:
             found["layers"] = figures.layer_figure(task.table, n_layers=n_layers, anchor_layer=task.anchor.layer)
         found["forest"] = figures.forest_figure(task.top)
+    points = run.validation(task.name)["points"]
+    for recipient in dict.fromkeys(point["recipient"] for point in points):
+        found[f"curve_{recipient}"] = behaviour.curve_figure(points, recipient=recipient)
     return {name: drawn.add(figure) for name, figure in found.items()}
 
 
