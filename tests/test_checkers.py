@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 
+import if_verifiable
+import langdetect
 import pytest
 
 from weightpatch.checkers import follows
@@ -113,8 +115,6 @@ def test_a_wrong_argument_is_an_error_and_no_verdict(
 
 
 def test_verdicts_agree_with_if_verifiable_on_random_strings(monkeypatch: pytest.MonkeyPatch) -> None:
-    if_verifiable = pytest.importorskip("if_verifiable")
-    langdetect = pytest.importorskip("langdetect")
     monkeypatch.setattr(langdetect.DetectorFactory, "seed", 0)
     atoms = ["<<", ">>", "<", ">", "**", "*", '"', " ", "\n", "Section 1", "Section", "SECTION 2", "2"]
     atoms += [" a", "river", "THE RIVER IS LONG", "EL R\u00cdO ES LARGO", ",", "."]

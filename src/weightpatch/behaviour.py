@@ -25,7 +25,7 @@ Passes = Callable[[ContrastPrompt, str], bool]
 
 SPANS: tuple[Span, ...] = ("prompt", "answer")
 MAX_NEW_TOKENS = 80
-N_LAYERS = 6
+N_LAYERS = 4
 REPETITIVE = 0.5
 """An answer repeats itself if more than this share of its sequences of four tokens stood there before (our choice)."""
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import re
 from collections.abc import Callable, Mapping
+
+import langdetect
 
 from weightpatch.errors import PromptError
 from weightpatch.instructions import INSTRUCTIONS, InstructionType
@@ -16,9 +16,9 @@ def follows(
 ) -> bool:
     """Whether the response obeys the instruction.
 
-    A blank response never follows. Capitals: every cased letter is upper case, and, when the package `langdetect` can
-    be imported, it takes the text for English. As in IFEval, a text in which it finds no language counts as English;
-    unlike there its random draws are seeded, so the verdict is the same every time. It errs on texts of a few words.
+    A blank response never follows. Capitals: every cased letter is upper case, and `langdetect` takes the text for
+    English. As in IFEval, a text in which it finds no language counts as English; unlike there its random draws are
+    seeded, so the verdict is the same every time. It errs on texts of a few words.
 
     Args:
         task_or_ifeval_id: A name from `TASKS` (`title`) or its IFEval id (`detectable_format:title`).
@@ -115,9 +115,6 @@ def _count(arguments: Mapping[str, object], name: str) -> int:
 
 
 def _is_english(text: str) -> bool:
-    if importlib.util.find_spec("langdetect") is None:
-        return True
-    langdetect = importlib.import_module("langdetect")
     factory = langdetect.DetectorFactory
     previous_seed = factory.seed
     # langdetect draws random numbers: without a seed the same response may pass once and fail the next time.

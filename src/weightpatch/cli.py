@@ -20,6 +20,7 @@ from weightpatch.terminal import (
     counting,
     draw,
     fail,
+    print_benchmark,
     print_evaluation,
     print_json,
     print_run,
@@ -246,10 +247,19 @@ def run(
 @app.command("eval")
 def eval_(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, folder, .gguf file or PEFT adapter folder.")],
-    suite: Annotated[str, typer.Option(help="instruct, math, code, or a JSONL file with IFEval's fields.")],
+    suite: Annotated[
+        str,
+        typer.Option(
+            help="instruct, math, code, a JSONL file with IFEval's fields, or a benchmark that lm-eval runs: ifeval, "
+            "gsm8k, humaneval, mbpp, mmlu."
+        ),
+    ],
     base: Annotated[str | None, typer.Option(help="What an adapter is applied to.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write every answer with its verdicts here, as JSONL.")] = None,
-    n: Annotated[int, typer.Option(min=1, help="Problems of each type of a built-in suite.")] = 36,
+    n: Annotated[
+        int | None,
+        typer.Option(min=1, help="Problems of each type of a built-in suite (36), or of a benchmark (all)."),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 192,
     batch_size: Annotated[int, typer.Option(min=1, help="Answers generated side by side.")] = 32,
     seed: Annotated[int, typer.Option(help="Which problems of a built-in suite.")] = 0,
@@ -257,15 +267,19 @@ def eval_(
     revision: Revision = None,
     device_map: DeviceMap = None,
     allow_pickle: AllowPickle = False,
+    run_unsafe_code: Annotated[
+        bool, typer.Option("--run-unsafe-code", help="Let lm-eval run code that the model wrote (humaneval, mbpp).")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """How often do a model's own answers pass? Greedy generation, strict and loose, with 95 % intervals."""
     quiet()
+    from weightpatch.benchmarks import BENCHMARKS, run_benchmark
     from weightpatch.checkpoint import load_alone, read_dtype
     from weightpatch.evaluation import evaluate
     from weightpatch.suites import load_suite
 
-    problems = load_suite(suite, n=n, seed=seed)
+    problems = None if suite in BENCHMARKS else load_suite(suite, n=n or 36, seed=seed)
     with status(f"reading {model}"):
         loaded, tokenizer = load_alone(
             model,
@@ -275,6 +289,10 @@ def eval_(
             device_map=device_map,
             allow_pickle=allow_pickle,
         )
+    if problems is None:
+        result = run_benchmark(loaded, tokenizer, suite, n=n, batch_size=batch_size, run_unsafe_code=run_unsafe_code)
+        print_benchmark(result, as_json=as_json)
+        return
     with counting("answers", len(problems.problems)) as on_done:
         found = evaluate(
             loaded, tokenizer, problems, max_new_tokens=max_new_tokens, batch_size=batch_size, on_done=on_done

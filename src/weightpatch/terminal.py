@@ -11,6 +11,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
+    from weightpatch.benchmarks import BenchmarkResult
     from weightpatch.evaluation import Evaluation
     from weightpatch.run import Progress, Run
 
@@ -123,6 +124,16 @@ def print_evaluation(found: Evaluation, *, as_json: bool) -> None:
     print_table(("type", "n", "strict [95 %]", "loose"), rows)
     for name, count in found.unknown_types.items():
         print(f"not judged: {count} of type {name}, for which there is no checker here")
+
+
+def print_benchmark(found: BenchmarkResult, *, as_json: bool) -> None:
+    """Print what lm-eval measured."""
+    if as_json:
+        print_json({"suite": found.name, "n": found.n, "metrics": dict(found.metrics)})
+        return
+    print_table(
+        ("metric", f"{found.name}, {found.n} problems"), [(key, f"{v:.4f}") for key, v in found.metrics.items()]
+    )
 
 
 def draw(steps: Iterator[Progress]) -> None:
