@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from conftest import build_pair
-from weightpatch import Anchor, ContrastPrompts, ModelPair, fit_anchor
+from weightpatch import Anchor, ContrastPrompts, ModelPair, fit_anchor, localize
 from weightpatch.anchor import AnchorReport
 from weightpatch.behaviour import Answering, Bench, measure_behaviour, repetition
-from weightpatch.errors import AnchorError
+from weightpatch.errors import AnchorError, PromptError
+from weightpatch.responses import with_responses
 from weightpatch.steering import Hold
 
 
@@ -126,3 +127,32 @@ def test_an_answer_that_repeats_itself_does_not_pass(pair: ModelPair) -> None:
     found = bench.judge(pair.base, [(0, None), (0, stuck)])
     assert found.passed.tolist() == [1.0, 0.0]
     assert found.repetitive.tolist() == [0.0, 1.0]
+
+
+def test_prompts_read_along_a_plain_answer_give_an_anchor_at_its_tokens_and_are_answered_from_their_end(
+    pair: ModelPair,
+) -> None:
+    plain = fit_split("highlights")
+    prompts = with_responses(pair, plain, n_tokens=8)
+    assert pair.tokenizer is not None
+    short, long = plain.tokenize(pair.tokenizer), prompts.tokenize(pair.tokenizer)
+    pairs = ((short.with_instruction, long.with_instruction), (short.without_instruction, long.without_instruction))
+    for before, after in pairs:
+        assert all(new[: len(old)] == old and len(new) == len(old) + 8 for old, new in zip(before, after, strict=True))
+    assert [new[-8:] for new in long.with_instruction] == [new[-8:] for new in long.without_instruction]
+    assert prompts.without_responses() == plain
+    answering = Answering(max_new_tokens=40)
+    anchor = fit_anchor(pair, prompts, positions=range(-8, 0), gates="behaviour", answering=answering)
+    report = report_of(anchor)
+    assert report.behaviour is not None
+    arms = {arm.name: arm.n_passed for arm in report.behaviour.arms}
+    assert (arms["base"], arms["specialized"]) == (0, 6)  # answers begin at the prompt's end, not behind a plain one
+    effects = localize(pair, prompts, anchor, units="L0,L1.mlp")
+    oracle = localize(pair, prompts, anchor, units="L0,L1.mlp", engine="swap")
+    torch.testing.assert_close(effects.per_prompt, oracle.per_prompt, rtol=0, atol=1e-5 * float(oracle.gap.mean()))
+
+
+def test_a_response_does_not_go_with_token_ids(pair: ModelPair) -> None:
+    ids = ContrastPrompts.from_token_ids(with_instruction=[[1, 2]], without_instruction=[[1]])
+    with pytest.raises(PromptError, match="prompts as text"):
+        with_responses(pair, ids, n_tokens=4)

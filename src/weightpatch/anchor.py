@@ -11,7 +11,7 @@ from typing import Literal, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from weightpatch.errors import AnchorError
@@ -204,7 +204,8 @@ class Anchor:
         about = {"layer": self.layer, "positions": self.positions, "readout": self.readout}
         report = asdict(self.report) if self.report else None
         metadata = {"weightpatch.anchor/1": json.dumps({**about, "report": report}, sort_keys=True)}  # one: no order
-        save_file({"direction": self.direction.contiguous()}, str(path), metadata=metadata)
+        # Not save_file, which makes files that only their owner can read.
+        Path(path).write_bytes(save({"direction": self.direction.contiguous()}, metadata=metadata))
 
     @classmethod
     def load(cls, path: str | Path) -> Anchor:

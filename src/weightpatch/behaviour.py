@@ -76,7 +76,14 @@ def repetition(ids: Sequence[int]) -> float:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Bench:
-    """One task's prompts with all that is needed to have them answered in many ways."""
+    """One task's prompts with all that is needed to have them answered in many ways.
+
+    Attributes:
+        pair: The two models.
+        prompts: What is asked; a response that a prompt carries is left out, since the answer is to be generated.
+        positions: Where in a prompt an anchor is held, from its end.
+        answering: How answers are generated and judged.
+    """
 
     pair: ModelPair
     prompts: ContrastPrompts
@@ -98,7 +105,8 @@ class Bench:
         """Let a model answer prompts, by their place, each held as its job says, and judge the answers."""
         rows = [self.prompts.rows[place] for place, _ in jobs]
         assert self.pair.tokenizer is not None
-        tokenized = ContrastPrompts(tuple({row.id: row for row in rows}.values())).tokenize(self.pair.tokenizer)
+        asked = ContrastPrompts(tuple({row.id: row for row in rows}.values())).without_responses()
+        tokenized = asked.tokenize(self.pair.tokenizer)
         ids = dict(zip(tokenized.ids, tokenized.with_instruction, strict=True))
         on_done = self.answering.on_done
         with holding(model, [hold for _, hold in jobs]) as select:

@@ -31,6 +31,8 @@ from weightpatch.terminal import (
 
 if TYPE_CHECKING:
     from weightpatch.curves import CurveSettings
+    from weightpatch.pair import ModelPair
+    from weightpatch.prompts import ContrastPrompts
     from weightpatch.run import RunConfig
 
 app = typer.Typer(
@@ -179,6 +181,9 @@ def run(
     units: Units = "heads,kvs,mlps",
     layer: Annotated[int | None, typer.Option(help="Anchor layer, instead of searching it.")] = None,
     positions: Annotated[str, typer.Option(help="Readout positions with commas; from the end when negative.")] = "-1",
+    response_tokens: Annotated[
+        int, typer.Option(min=0, help="Read along so many tokens of the base's plain answer, and anchors at these.")
+    ] = 0,
     readout: Annotated[str, typer.Option(help="projection, cosine or contrast.")] = "projection",
     estimator: Annotated[
         str, typer.Option(help="mean-difference, difference-in-differences or principal-component.")
@@ -220,6 +225,7 @@ def run(
                 "units": units,
                 "layer": layer,
                 "positions": positions.split(","),
+                "response_tokens": response_tokens,
                 "readout": readout,
                 "estimator": estimator,
                 "gates": gates,
@@ -428,6 +434,8 @@ def _run(
             any_adapter_base=any_adapter_base,
             prompts=prompts,
         )
+    if config.response_tokens and not resumed:
+        prompts = _with_responses(config, pair, prompts, out)
     with alone(out):
         opened = start(config, pair, prompts, out)
         for stage in stages:
@@ -447,6 +455,19 @@ def _run(
         print_validation(opened, as_json=as_json)
     else:
         print_run(opened, as_json=as_json)
+
+
+def _with_responses(config: RunConfig, pair: ModelPair, prompts: ContrastPrompts, out: Path) -> ContrastPrompts:
+    """The prompts with responses: those of a run that was begun with the same prompts, or new ones."""
+    from weightpatch.responses import with_responses
+    from weightpatch.run import Run
+
+    if (out / "manifest.json").is_file():
+        known = Run.open(out).prompts()
+        if known.without_responses().digest() == prompts.digest():
+            return known
+    with status("the base answers the plain queries"):
+        return with_responses(pair, prompts, n_tokens=config.response_tokens)
 
 
 def _absolute(name: str) -> str:

@@ -84,7 +84,9 @@ def fit_anchor(
         raise AnchorError(f"layer {layer} is outside this model's residual streams 0 to {n_layers}.")
     bench = None
     if gates == "behaviour":
-        bench = Bench(pair=pair, prompts=prompts, positions=tuple(positions), answering=answering or Answering())
+        # An anchor that is read along responses is held from the prompt's end on: there the answer begins.
+        held = (-1,) if any(row.response for row in prompts) else tuple(positions)
+        bench = Bench(pair=pair, prompts=prompts, positions=held, answering=answering or Answering())
     first, second = halves(prompts)
     # Within the first half, each quarter's direction is tried on the other: the second half stays out of the choice.
     quarters = _deal(prompts, first)
@@ -130,7 +132,7 @@ def fit_anchor(
             hold,
             ablation_level=float(streams.project(hold.direction, best, "s_without")[first].mean()),
             search=found,
-            other=_hold_of_others(bench, hold, estimator, batch_tokens),
+            other=_hold_of_others(bench, hold, estimator, positions=positions, batch_tokens=batch_tokens),
         )
         passed += more
     report = AnchorReport(
@@ -159,15 +161,15 @@ def _most_steerable(
     return (layer, span) if rise > 0 else None
 
 
-def _hold_of_others(bench: Bench, hold: Hold, estimator: Estimator, batch_tokens: int) -> Hold | None:
+def _hold_of_others(
+    bench: Bench, hold: Hold, estimator: Estimator, *, positions: Sequence[int], batch_tokens: int
+) -> Hold | None:
     """Another task's anchor at the same layer, at its own level; None where there is no other task."""
     others = bench.answering.others
     if others is None:
         return None
     tokenized = others.tokenize(bench.pair.tokenizer)
-    streams = Streams.read(
-        bench.pair, tokenized, layers=[hold.layer], positions=hold.positions, batch_tokens=batch_tokens
-    )
+    streams = Streams.read(bench.pair, tokenized, layers=[hold.layer], positions=positions, batch_tokens=batch_tokens)
     everything = np.arange(len(others))
     return fit_hold(streams, hold.layer, everything, estimator, positions=hold.positions, span=hold.span)
 

@@ -37,6 +37,7 @@ class ContrastPrompt:
         system: System message for the chat template, if any.
         type: IFEval's id of the instruction type, if any, for the checkers.
         kwargs: Arguments of that checker.
+        response: What the answer is taken to begin with, in both forms; read along, never generated. For text only.
         with_instruction: Token ids, for prompts that come as such.
         without_instruction: The same without the instruction.
     """
@@ -49,6 +50,7 @@ class ContrastPrompt:
     system: str = ""
     type: str = ""
     kwargs: Mapping[str, Any] = field(default_factory=dict)
+    response: str = ""
     with_instruction: TokenIds = ()
     without_instruction: TokenIds = ()
 
@@ -180,6 +182,10 @@ class ContrastPrompts:
             )
         return ContrastPrompts(rows)
 
+    def without_responses(self) -> ContrastPrompts:
+        """The same prompts up to where the answer starts."""
+        return ContrastPrompts(tuple(replace(row, response="") for row in self.rows))
+
     def tokenize(self, tokenizer: PreTrainedTokenizerBase | None) -> TokenizedPrompts:
         """Tokens of every prompt, through the chat template where the tokenizer has one.
 
@@ -197,8 +203,9 @@ class ContrastPrompts:
                     "these prompts are text, and the pair has no tokenizer. Save one into the base's folder, pass "
                     "ModelPair(tokenizer=...), or give token ids (with_instruction, without_instruction)."
                 )
-            positives.append(tokenize(tokenizer, row.text, system=row.system))
-            negatives.append(tokenize(tokenizer, row.prompt, system=row.system))
+            begun = tuple(tokenizer.encode(row.response, add_special_tokens=False)) if row.response else ()
+            positives.append(tokenize(tokenizer, row.text, system=row.system) + begun)
+            negatives.append(tokenize(tokenizer, row.prompt, system=row.system) + begun)
         return TokenizedPrompts(
             ids=tuple(row.id for row in self.rows),
             with_instruction=tuple(positives),
@@ -254,9 +261,13 @@ def _read_row(record: object, where: str) -> ContrastPrompt:
             what = "a list of token ids" if as_ids else "a text"
             raise PromptError(f"{where}: {name!r} is {'missing' if name not in record else f'not {what}'}")
         contents[name] = tuple(value) if as_ids else value  # type: ignore[arg-type]
-    options: dict[str, Any] = {name: record[name] for name in ("task", "split", "system", "type") if record.get(name)}
+    options: dict[str, Any] = {
+        name: record[name] for name in ("task", "split", "system", "type", "response") if record.get(name)
+    }
     if wrong := [name for name, value in options.items() if not isinstance(value, str)]:
         raise PromptError(f"{where}: {', '.join(wrong)} must be text")
+    if as_ids and "response" in options:
+        raise PromptError(f"{where}: a response goes with text; append its tokens to both lists of token ids instead")
     if options.get("split", "fit") not in SPLITS:
         raise PromptError(f"{where}: split {options['split']!r} is none of {', '.join(SPLITS)}")
     if not _is_safe_name(task := options.get("task", "task")):

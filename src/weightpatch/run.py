@@ -40,7 +40,9 @@ LOCK = ".lock"
 class RunConfig(BaseModel):
     """Everything that decides what a run finds. Fields as the arguments of the functions of these names.
 
-    `gates="auto"` is `behaviour` for tasks whose every prompt is text and names a known checker, else `readout`.
+    With `response_tokens`, prompts are read along the beginning of the base's plain answer, and anchors at all of its
+    tokens unless `positions` says otherwise. `gates="auto"` is `behaviour` for tasks whose every prompt is text and
+    names a known checker, else `readout`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -54,6 +56,7 @@ class RunConfig(BaseModel):
     units: str = "heads,kvs,mlps"
     layer: int | None = None
     positions: tuple[int, ...] = (-1,)
+    response_tokens: int = 0
     estimator: Estimator = "mean-difference"
     readout: Readout = "projection"
     gates: Literal["auto", "readout", "behaviour"] = "auto"
@@ -63,6 +66,12 @@ class RunConfig(BaseModel):
     n_queries: int = 24
     batch_tokens: int = BATCH_TOKENS
     seed: int = 0
+
+    @property
+    def readout_positions(self) -> tuple[int, ...]:
+        """Where anchors are read."""
+        along = self.response_tokens > 0 and self.positions == (-1,)
+        return tuple(range(-self.response_tokens, 0)) if along else self.positions
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,6 +24,7 @@ from weightpatch.instructions import TASKS
 from weightpatch.localization import plan, reference, sweep
 from weightpatch.pair import ModelPair, check_prompts
 from weightpatch.prompts import BUILT_IN, ContrastPrompts
+from weightpatch.responses import with_responses
 from weightpatch.run import FORMAT, Progress, Run, RunConfig, check_folder, read_effects, refusal, write_whole
 from weightpatch.statistics import check_gap
 
@@ -98,12 +99,13 @@ def check_settings(config: RunConfig, pair: ModelPair, prompts: ContrastPrompts)
     components(pair.architecture, config.units)
     if config.layer is not None:
         plan(pair, Anchor(layer=config.layer, direction=torch.ones(pair.architecture.n_features)), config.units)
-    check_prompts(pair, prompts, positions=config.positions)
+    check_prompts(pair, prompts, positions=config.readout_positions)
     for task in prompts.tasks:
         own = prompts.of_task(task)
         halves(own.split("fit"))
         if config.gates == "behaviour":
-            Bench(pair=pair, prompts=own.split("fit"), positions=config.positions, answering=Answering())
+            held = (-1,) if config.response_tokens else config.positions
+            Bench(pair=pair, prompts=own.split("fit"), positions=held, answering=Answering())
         own.split("localize")
 
 
@@ -131,11 +133,11 @@ def fit_anchors(run: Run, pair: ModelPair) -> Iterator[Progress]:
             pair,
             prompts,
             layer=config.layer,
-            positions=config.positions,
+            positions=config.readout_positions,
             estimator=config.estimator,
             readout=config.readout,
             gates=gates,
-            answering=_answering(run, task) if gates == "behaviour" else None,
+            answering=_answering(run, pair, task) if gates == "behaviour" else None,
             batch_tokens=config.batch_tokens,
         )
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -148,11 +150,11 @@ def resolve_gates(config: RunConfig, pair: ModelPair, prompts: ContrastPrompts) 
     """What `gates="auto"` means for these prompts."""
     if config.gates != "auto":
         return config.gates
-    judged = can_judge(pair, prompts) and all(position < 0 for position in config.positions)
+    judged = can_judge(pair, prompts) and all(position < 0 for position in config.readout_positions)
     return "behaviour" if judged else "readout"
 
 
-def _answering(run: Run, task: str) -> Answering:
+def _answering(run: Run, pair: ModelPair, task: str) -> Answering:
     """How answers are generated; the control is the anchor of the run's next task, or of a built-in set's."""
     names = list(run.tasks)
     prompts = run.prompts()
@@ -160,8 +162,11 @@ def _answering(run: Run, task: str) -> Answering:
         names = list(TASKS)
         prompts = ContrastPrompts.load(BUILT_IN, seed=run.config.seed, n_queries=run.config.n_queries)
     other = names[(names.index(task) + 1) % len(names)]
+    others = prompts.of_task(other).split("fit") if other != task else None
+    if others and run.config.response_tokens:
+        others = with_responses(pair, others, n_tokens=run.config.response_tokens)
     return Answering(
-        others=prompts.of_task(other).split("fit") if other != task else None,
+        others=others,
         max_new_tokens=run.config.max_new_tokens,
         seed=run.config.seed,
     )

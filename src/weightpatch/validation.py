@@ -104,7 +104,7 @@ def read_references(
     """
     if pair.tokenizer is None:
         raise PromptError("joint patches are compared on generated responses: give the pair a tokenizer.")
-    token_ids = prompts.tokenize(pair.tokenizer).with_instruction
+    token_ids = prompts.without_responses().tokenize(pair.tokenizer).with_instruction
     answers = generate(pair.specialized, pair.tokenizer, token_ids, max_new_tokens=n_response_tokens)
     responses = tuple(answer.ids for answer in answers)
     base, specialized = (
