@@ -147,8 +147,8 @@ def test_prompts_read_along_a_plain_answer_give_an_anchor_at_its_tokens_and_are_
     assert report.behaviour is not None
     arms = {arm.name: arm.n_passed for arm in report.behaviour.arms}
     assert (arms["base"], arms["specialized"]) == (0, 6)  # answers begin at the prompt's end, not behind a plain one
-    effects = localize(pair, prompts, anchor, units="L0,L1.mlp")
-    oracle = localize(pair, prompts, anchor, units="L0,L1.mlp", engine="swap")
+    anchor = replace(anchor, report=None)  # it is unstable: this pair decides about its form at the first token
+    effects, oracle = (localize(pair, prompts, anchor, units="L0,L1.mlp", engine=one) for one in ("suffix", "swap"))
     torch.testing.assert_close(effects.per_prompt, oracle.per_prompt, rtol=0, atol=1e-5 * float(oracle.gap.mean()))
 
 
