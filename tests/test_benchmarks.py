@@ -10,6 +10,8 @@ from weightpatch import ModelPair
 from weightpatch.benchmarks import BENCHMARKS, run_benchmark
 from weightpatch.errors import PromptError
 
+pytestmark = pytest.mark.slow
+
 TASK = """
 task: titled
 dataset_path: json

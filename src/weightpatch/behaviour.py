@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from weightpatch.anchor import Arm, Behaviour, Gate, Span
 from weightpatch.errors import AnchorError
-from weightpatch.generation import BATCH_SIZE, generate
+from weightpatch.generation import generate
 from weightpatch.pair import ModelPair
 from weightpatch.prompts import ContrastPrompt, ContrastPrompts
 from weightpatch.statistics import Floats, Interval, mean_interval
@@ -26,6 +26,9 @@ Passes = Callable[[ContrastPrompt, str], bool]
 SPANS: tuple[Span, ...] = ("prompt", "answer")
 MAX_NEW_TOKENS = 80
 N_LAYERS = 4
+BATCH_SIZE = 96
+"""Answers side by side: more than `generate`'s default, since many short arms are answered together."""
+
 REPETITIVE = 0.5
 """An answer repeats itself if more than this share of its sequences of four tokens stood there before (our choice)."""
 
