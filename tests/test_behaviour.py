@@ -31,7 +31,7 @@ def report_of(anchor: Anchor) -> AnchorReport:
 
 @pytest.fixture(scope="module")
 def highlights(pair: ModelPair) -> Anchor:
-    answering = Answering(others=fit_split("capitals"), max_new_tokens=40)
+    answering = Answering(others=ContrastPrompts((*fit_split("capitals"), *fit_split("sections"))), max_new_tokens=40)
     return fit_anchor(pair, fit_split("highlights"), gates="behaviour", answering=answering)
 
 
@@ -49,7 +49,7 @@ def test_an_anchor_of_the_bundled_pair_steers_and_its_controls_do_not(highlights
     arms = {arm.name: arm.n_passed for arm in report.behaviour.arms}
     assert arms["steered"] > arms["base"] == arms["random"] == arms["other-task"] == 0
     assert arms["specialized"] == 6 > arms["ablated"] == 0
-    assert report.behaviour.other_task == "capitals"
+    assert report.behaviour.other_tasks == ("capitals", "sections")
 
 
 def test_steering_chooses_a_later_layer_than_the_size_of_the_gap_does(pair: ModelPair, highlights: Anchor) -> None:
@@ -74,7 +74,7 @@ def test_a_random_direction_fails_the_gates_of_behaviour(pair: ModelPair, highli
     assert behaviour is not None
     direction = torch.randn(128, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     hold = Hold(layer=highlights.layer, direction=direction / direction.norm(), level=behaviour.level)
-    _, gates = measure_behaviour(bench, np.arange(6), hold, ablation_level=0.0, search={}, other=None)
+    _, gates = measure_behaviour(bench, np.arange(6), hold, ablation_level=0.0, search={}, others={})
     assert {gate.name: gate.passed for gate in gates} == {"steering": False, "ablation": False, "random": False}
 
 

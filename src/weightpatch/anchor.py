@@ -81,7 +81,7 @@ class Behaviour:
         ablation_level: What the specialized model is held at: its own mean without the instruction.
         arms: Every way of running the two models.
         search: Span -> layer -> rise of the base's pass rate, within the first half; the layer was chosen by it.
-        other_task: Whose anchor served as a control; None: there was none.
+        other_tasks: Whose anchors served as a control, one prompt each in turn; empty: there was none.
         max_new_tokens: Most tokens of an answer.
     """
 
@@ -90,7 +90,7 @@ class Behaviour:
     ablation_level: float
     arms: tuple[Arm, ...]
     search: Mapping[Span, Mapping[int, float]]
-    other_task: str | None
+    other_tasks: tuple[str, ...]
     max_new_tokens: int
 
 
@@ -230,6 +230,7 @@ def _read_report(record: dict[str, object]) -> AnchorReport:
     fields["levels"] = Levels(**fields["levels"])
     fields["search"] = _by_layer(fields["search"])
     if behaviour := fields.get("behaviour"):
+        behaviour["other_tasks"] = tuple(behaviour["other_tasks"])
         behaviour["arms"] = tuple(Arm(**arm) for arm in behaviour["arms"])
         behaviour["search"] = {span: _by_layer(found) for span, found in behaviour["search"].items()}
         fields["behaviour"] = Behaviour(**behaviour)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -41,7 +41,7 @@ class Answering:
 
     Attributes:
         passes: Judges an answer; None: the checker that a prompt names by `type` and `kwargs`, or by its task.
-        others: Prompts of another task, whose anchor serves as a control; None: no such control.
+        others: Prompts of other tasks, whose anchors serve as a control, one prompt each in turn; None: no control.
         max_new_tokens: Most tokens of an answer.
         batch_size: Answers generated side by side.
         n_layers: Most layers that steering is tried at.
@@ -187,7 +187,7 @@ def measure_behaviour(
     *,
     ablation_level: float,
     search: dict[Span, dict[int, float]],
-    other: Hold | None,
+    others: Mapping[str, Hold],
 ) -> tuple[Behaviour, tuple[Gate, ...]]:
     """Answers of both models, steered, ablated and with the controls, on prompts that had no part in fitting.
 
@@ -197,7 +197,7 @@ def measure_behaviour(
         hold: The anchor at the specialized model's level with the instruction.
         ablation_level: The specialized model's own level without it.
         search: How the layer was chosen, for the record.
-        other: Another task's anchor at its own level.
+        others: Other tasks' anchors at their own levels, by task; the prompts take them in turn.
 
     Returns:
         Pass rates by arm, and the gates.
@@ -210,13 +210,13 @@ def measure_behaviour(
         "steered": [hold] * len(places),
         "random": randoms,
     }
-    if other is not None:
-        ways["other-task"] = [other] * len(places)
+    if others:
+        turns = list(others.values())
+        ways["other-task"] = [turns[number % len(turns)] for number in range(len(places))]
     verdicts = _by_way(bench, pair.base, places, ways)
     ablation = replace(hold, level=ablation_level, span="answer")
     own: dict[str, Sequence[Hold | None]] = {"specialized": [None] * len(places), "ablated": [ablation] * len(places)}
     verdicts |= _by_way(bench, pair.specialized, places, own)
-    others = bench.answering.others
     behaviour = Behaviour(
         span=hold.span,
         level=hold.level,
@@ -226,7 +226,7 @@ def measure_behaviour(
             for name, own in verdicts.items()
         ),
         search=search,
-        other_task=others.tasks[0] if other is not None and others is not None else None,
+        other_tasks=tuple(others),
         max_new_tokens=bench.answering.max_new_tokens,
     )
     queries = [bench.prompts.rows[place].query for place in places]
@@ -242,11 +242,11 @@ def _gates(passed: dict[str, Floats], queries: Sequence[str]) -> tuple[Gate, ...
         _gate("steering", steering.low, "holding the base at the anchor raises its pass rate (lower end of 95 %)"),
         _gate("ablation", ablation.low, "ablating the anchor lowers the specialized model's pass rate (lower end)"),
     ]
-    controls = {"random": "random directions, pushed as far,", "other-task": "another task's anchor"}
+    controls = {"random": "random directions, pushed as far", "other-task": "the anchors of other tasks"}
     for name, words in controls.items():
         if name in passed:
             by_itself, advantage = rise(name, "base"), rise("steered", name)
-            meaning = f"the anchor raises the pass rate by more than {words} (lower end), which by itself does not"
+            meaning = f"the anchor raises the pass rate by more than {words} (lower end), and these do not raise it"
             gates.append(_gate(name, advantage.low, meaning, unless=by_itself.low > 0))
     return tuple(gates)
 

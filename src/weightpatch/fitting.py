@@ -132,7 +132,7 @@ def fit_anchor(
             hold,
             ablation_level=float(streams.project(hold.direction, best, "s_without")[first].mean()),
             search=found,
-            other=_hold_of_others(bench, hold, estimator, positions=positions, batch_tokens=batch_tokens),
+            others=_holds_of_others(bench, hold, estimator, positions=positions, batch_tokens=batch_tokens),
         )
         passed += more
     report = AnchorReport(
@@ -161,17 +161,27 @@ def _most_steerable(
     return (layer, span) if rise > 0 else None
 
 
-def _hold_of_others(
+def _holds_of_others(
     bench: Bench, hold: Hold, estimator: Estimator, *, positions: Sequence[int], batch_tokens: int
-) -> Hold | None:
-    """Another task's anchor at the same layer, at its own level; None where there is no other task."""
+) -> dict[str, Hold]:
+    """The anchors of other tasks at the same layer, each at its own level."""
     others = bench.answering.others
     if others is None:
-        return None
-    tokenized = others.tokenize(bench.pair.tokenizer)
-    streams = Streams.read(bench.pair, tokenized, layers=[hold.layer], positions=positions, batch_tokens=batch_tokens)
-    everything = np.arange(len(others))
-    return fit_hold(streams, hold.layer, everything, estimator, positions=hold.positions, span=hold.span)
+        return {}
+    found = {}
+    for task in others.tasks:
+        own = others.of_task(task)
+        streams = Streams.read(
+            bench.pair,
+            own.tokenize(bench.pair.tokenizer),
+            layers=[hold.layer],
+            positions=positions,
+            batch_tokens=batch_tokens,
+        )
+        held = fit_hold(streams, hold.layer, np.arange(len(own)), estimator, positions=hold.positions, span=hold.span)
+        if held is not None:
+            found[task] = held
+    return found
 
 
 def _strength(gap: Floats) -> float:

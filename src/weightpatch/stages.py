@@ -20,13 +20,15 @@ from weightpatch.component import components
 from weightpatch.difference import weight_differences
 from weightpatch.errors import NoGapError, RunError
 from weightpatch.fitting import Gates, fit_anchor, halves
-from weightpatch.instructions import TASKS
 from weightpatch.localization import plan, reference, sweep
 from weightpatch.pair import ModelPair, check_prompts
 from weightpatch.prompts import BUILT_IN, ContrastPrompts
 from weightpatch.responses import with_responses
 from weightpatch.run import FORMAT, Progress, Run, RunConfig, check_folder, read_effects, refusal, write_whole
 from weightpatch.statistics import check_gap
+
+N_PROMPTS_OF_OTHERS = 12
+"""Prompts that the anchor of another task is fitted on, where it serves as a control."""
 
 
 def start(config: RunConfig, pair: ModelPair, prompts: ContrastPrompts, out: str | Path) -> Run:
@@ -155,14 +157,17 @@ def resolve_gates(config: RunConfig, pair: ModelPair, prompts: ContrastPrompts) 
 
 
 def _answering(run: Run, pair: ModelPair, task: str) -> Answering:
-    """How answers are generated; the control is the anchor of the run's next task, or of a built-in set's."""
-    names = list(run.tasks)
+    """How answers are generated; the controls are the anchors of the run's other tasks, or of a built-in set's."""
     prompts = run.prompts()
-    if names == [task] and task in TASKS and run.config.prompts == f"{BUILT_IN}:{task}":
-        names = list(TASKS)
+    if run.tasks == (task,) and run.config.prompts == f"{BUILT_IN}:{task}":
         prompts = ContrastPrompts.load(BUILT_IN, seed=run.config.seed, n_queries=run.config.n_queries)
-    other = names[(names.index(task) + 1) % len(names)]
-    others = prompts.of_task(other).split("fit") if other != task else None
+    rows = [
+        row
+        for other in prompts.tasks
+        if other != task
+        for row in prompts.of_task(other).split("fit").rows[:N_PROMPTS_OF_OTHERS]
+    ]
+    others = ContrastPrompts(tuple(rows)) if rows else None
     if others and run.config.response_tokens:
         others = with_responses(pair, others, n_tokens=run.config.response_tokens)
     return Answering(
