@@ -69,6 +69,18 @@ def test_a_single_token_is_taken_for_one_of_the_answer() -> None:
         torch.testing.assert_close(residual(model, 1, one)[:, -1] @ direction, torch.full((2,), 7.5).double())
 
 
+def test_an_answer_may_be_held_for_its_first_tokens_only() -> None:
+    model, direction = build_model("llama-gqa", seed=1, dtype=torch.float64), unit()
+    hold = Hold(layer=1, direction=direction, level=7.5, n_tokens=2)
+    held = []
+    with holding(model, [hold]) as select:
+        select([0, 0])
+        for width in (5, 1, 1, 1, 5, 1):  # two generations: a prompt, then token by token
+            read = residual(model, 1, TOKENS[:, :width])[:, -1] @ direction
+            held.append(bool((read - 7.5).abs().max() < 1e-9))
+    assert held == [True, True, True, False, True, True]
+
+
 def test_every_row_of_a_batch_is_held_in_its_own_way() -> None:
     model, direction = build_model("llama-gqa", seed=1, dtype=torch.float64), unit()
     other = unit(seed=1)

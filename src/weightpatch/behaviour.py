@@ -85,6 +85,7 @@ class Bench:
         pair: The two models.
         prompts: What is asked; a response that a prompt carries is left out, since the answer is to be generated.
         positions: Where in a prompt an anchor is held, from its end.
+        n_tokens: How many tokens of an answer it is held at, if at any; None: all.
         answering: How answers are generated and judged.
     """
 
@@ -92,6 +93,7 @@ class Bench:
     prompts: ContrastPrompts
     positions: tuple[int, ...]
     answering: Answering
+    n_tokens: int | None = None
 
     def __post_init__(self) -> None:
         from_the_end(self.positions)
@@ -153,7 +155,7 @@ def search_layers(
     tried = [(span, layer) for span in SPANS for layer in thinned]
     for span, layer in tried:
         for half, other in zip(halves, reversed(halves), strict=True):
-            hold = fit_hold(streams, layer, other, estimator, positions=bench.positions, span=span)
+            hold = fit_hold(bench, streams, layer, other, estimator, span=span)
             jobs += [(int(place), hold) for place in half]
     passed = bench.judge(bench.pair.base, jobs).passed.reshape(-1, n_prompts)  # (way, prompt); way 0: unsteered
     rises = (passed[1:] - passed[0]).mean(axis=1)
@@ -164,20 +166,21 @@ def search_layers(
 
 
 def fit_hold(
-    streams: Streams,
-    layer: int,
-    chosen: Indices,
-    estimator: Estimator,
-    *,
-    positions: tuple[int, ...],
-    span: Span,
+    bench: Bench, streams: Streams, layer: int, chosen: Indices, estimator: Estimator, *, span: Span
 ) -> Hold | None:
     """The hold that gives a prompt the specialized model's mean readout with the instruction; None: no direction."""
     direction = streams.direction(layer, chosen, estimator)
     if direction is None:
         return None
     level = float(streams.project(direction, layer, "s_with")[chosen].mean())
-    return Hold(layer=layer, direction=direction, level=level, positions=positions, span=span)
+    return Hold(
+        layer=layer,
+        direction=direction,
+        level=level,
+        positions=bench.positions,
+        span=span,
+        n_tokens=bench.n_tokens,
+    )
 
 
 def measure_behaviour(
@@ -214,7 +217,7 @@ def measure_behaviour(
         turns = list(others.values())
         ways["other-task"] = [turns[number % len(turns)] for number in range(len(places))]
     verdicts = _by_way(bench, pair.base, places, ways)
-    ablation = replace(hold, level=ablation_level, span="answer")
+    ablation = replace(hold, level=ablation_level, span="answer", n_tokens=None)
     own: dict[str, Sequence[Hold | None]] = {"specialized": [None] * len(places), "ablated": [ablation] * len(places)}
     verdicts |= _by_way(bench, pair.specialized, places, own)
     behaviour = Behaviour(

@@ -84,9 +84,15 @@ def fit_anchor(
         raise AnchorError(f"layer {layer} is outside this model's residual streams 0 to {n_layers}.")
     bench = None
     if gates == "behaviour":
-        # An anchor that is read along responses is held from the prompt's end on: there the answer begins.
-        held = (-1,) if any(row.response for row in prompts) else tuple(positions)
-        bench = Bench(pair=pair, prompts=prompts, positions=held, answering=answering or Answering())
+        # An anchor that is read along responses is held where these stood: from the prompt's end on, as many tokens.
+        along = any(row.response for row in prompts)
+        bench = Bench(
+            pair=pair,
+            prompts=prompts,
+            positions=(-1,) if along else tuple(positions),
+            answering=answering or Answering(),
+            n_tokens=len(positions) if along else None,
+        )
     first, second = halves(prompts)
     # Within the first half, each quarter's direction is tried on the other: the second half stays out of the choice.
     quarters = _deal(prompts, first)
@@ -125,7 +131,7 @@ def fit_anchor(
     auc = area_under_curve(*(streams.read_side(fitted, side)[second] for side in ("s_with", "s_without")))
     passed = _readout_gates(float(fitted.direction @ other.direction), auc, gap.low)
     behaviour: Behaviour | None = None
-    if bench and span and (hold := fit_hold(streams, best, first, estimator, positions=bench.positions, span=span)):
+    if bench and span and (hold := fit_hold(bench, streams, best, first, estimator, span=span)):
         behaviour, more = measure_behaviour(
             bench,
             second,
@@ -178,7 +184,7 @@ def _holds_of_others(
             positions=positions,
             batch_tokens=batch_tokens,
         )
-        held = fit_hold(streams, hold.layer, np.arange(len(own)), estimator, positions=hold.positions, span=hold.span)
+        held = fit_hold(bench, streams, hold.layer, np.arange(len(own)), estimator, span=hold.span)
         if held is not None:
             found[task] = held
     return found

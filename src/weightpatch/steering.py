@@ -26,7 +26,8 @@ class Hold:
         along: Unit vector along which the difference is added; None: the direction itself. Another one makes a control
             that is pushed as far, but elsewhere.
         positions: Positions of the prompt, from its end, so negative.
-        span: Whether every token of the answer is held too.
+        span: Whether tokens of the answer are held too.
+        n_tokens: How many of them, from the first on; None: all.
     """
 
     layer: int
@@ -35,6 +36,11 @@ class Hold:
     along: Tensor | None = None
     positions: tuple[int, ...] = (-1,)
     span: Span = "answer"
+    n_tokens: int | None = None
+
+    def reaches(self, token: int) -> bool:
+        """Whether it holds the answer's token of this number, from 1 on."""
+        return self.span == "answer" and (self.n_tokens is None or token <= self.n_tokens)
 
 
 @contextmanager
@@ -104,12 +110,16 @@ def holding(
         rows[:] = places
 
     def edit_at(layer: int) -> Edit:
+        n_answered = 0
+
         def edit(residual: Tensor) -> Tensor:
+            nonlocal n_answered
             places = [0] * residual.shape[0] if is_shared else rows
             chosen = [(row, hold) for row, place in enumerate(places) if (hold := holds[place]) and hold.layer == layer]
             is_answer = residual.shape[1] == 1
+            n_answered = n_answered + 1 if is_answer else 0
             if is_answer:
-                chosen = [(row, hold) for row, hold in chosen if hold.span == "answer"]
+                chosen = [(row, hold) for row, hold in chosen if hold.reaches(n_answered)]
             return _hold(residual, chosen, is_answer=is_answer) if chosen else residual
 
         return edit

@@ -49,7 +49,9 @@ def steering_figure(anchor: Anchor) -> go.Figure:
             "name": name,
         }
         figure.add_trace(trace)
-    figure.update_xaxes(title_text="layer whose input is held", dtick=layer_tick(10), zeroline=False)
+    layers = [layer for by_layer in (behaviour.search.values() if behaviour else ()) for layer in by_layer]
+    tick = layer_tick(max(layers) - min(layers) + 1) if layers else 1
+    figure.update_xaxes(title_text="layer whose input is held", dtick=tick, zeroline=False)
     figure.update_yaxes(title_text="rise of the pass rate")
     title = f"Steering the base, on prompts kept out of the gates; the star is the anchor, layer {anchor.layer}"
     return styled(figure, title=title, height=260, top=56)
@@ -73,10 +75,10 @@ def curve_figure(points: Sequence[Mapping[str, Any]], *, recipient: str) -> go.F
             values = [_value(point[key]) for point in chosen]
             trace = {
                 "type": "scatter",
-                "x": [point["k"] for point in chosen],
+                "x": [str(point["k"]) for point in chosen],
                 "y": [value for value, _, _ in values],
-                "mode": "lines+markers" if is_top else "markers",
-                "line": {"color": color, "width": 2},
+                "mode": "lines+markers",
+                "line": {"color": color, "width": 2 if is_top else 1, "dash": "solid" if is_top else "dot"},
                 "marker": {"color": color, "size": 8, "symbol": symbol if is_top else f"{symbol}-open"},
                 "error_y": {
                     "array": [high - value for value, _, high in values],
@@ -88,7 +90,12 @@ def curve_figure(points: Sequence[Mapping[str, Any]], *, recipient: str) -> go.F
                 "name": f"{name}, {'leading' if is_top else 'random'}",
             }
             figure.add_trace(trace)
-    figure.update_xaxes(title_text="components patched together (0 and all: the same for both)", type="linear")
+    counts = sorted({int(point["k"]) for point in own})
+    figure.update_xaxes(
+        title_text="components patched together (not to scale; none and all are the same for both)",
+        type="category",
+        categoryarray=[str(count) for count in counts],
+    )
     figure.update_yaxes(title_text="share", zeroline=True)
     what = "specialized weights into the base" if recipient == "base" else "base weights into the specialized model"
     return styled(figure, title=f"Patched together: {what}", height=340, top=76)
