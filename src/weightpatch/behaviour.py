@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from weightpatch.anchor import Arm, Behaviour, Gate, Span
 from weightpatch.errors import AnchorError
@@ -23,7 +24,7 @@ from weightpatch.suites import Check
 Passes = Callable[[ContrastPrompt, str], bool]
 """Whether an answer to a prompt follows its instruction."""
 
-SPANS: tuple[Span, ...] = ("prompt", "answer")
+SPANS: tuple[Span, ...] = get_args(Span)
 MAX_NEW_TOKENS = 80
 N_LAYERS = 4
 BATCH_SIZE = 96
@@ -33,6 +34,7 @@ REPETITIVE = 0.5
 """An answer repeats itself if more than this share of its sequences of four tokens stood there before (our choice)."""
 
 _NGRAM = 4
+_Way = TypeVar("_Way")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +48,6 @@ class Answering:
         batch_size: Answers generated side by side.
         n_layers: Most layers that steering is tried at.
         seed: Of the random directions.
-        on_done: Called with answers done and answers planned in the present batch of work, for progress.
     """
 
     passes: Passes | None = None
@@ -55,7 +56,6 @@ class Answering:
     batch_size: int = BATCH_SIZE
     n_layers: int = N_LAYERS
     seed: int = 0
-    on_done: Callable[[int, int], None] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -84,21 +84,21 @@ class Bench:
     Attributes:
         pair: The two models.
         prompts: What is asked; a response that a prompt carries is left out, since the answer is to be generated.
-        positions: Where in a prompt an anchor is held, from its end.
-        n_tokens: How many tokens of an answer it is held at, if at any; None: all.
+        positions: Where the anchor is read.
         answering: How answers are generated and judged.
+
+    Raises:
+        AnchorError: no tokenizer, prompts that cannot be judged, or positions where nothing can be held.
     """
 
     pair: ModelPair
     prompts: ContrastPrompts
     positions: tuple[int, ...]
     answering: Answering
-    n_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        from_the_end(self.positions)
-        if self.pair.tokenizer is None:
-            raise AnchorError("gates by behaviour generate text: give the pair a tokenizer and prompts as text.")
+        from_the_end(self.held_positions)
+        _ = self.tokenizer
         if self.answering.passes is None and not can_judge(self.pair, self.prompts):
             unknown = sorted({_check(row).type for row in self.prompts if not _check(row).is_known})
             raise AnchorError(
@@ -106,23 +106,46 @@ class Bench:
                 "prompts' field `type`, judge answers yourself with Answering(passes=...), or use gates='readout'."
             )
 
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The pair's.
+
+        Raises:
+            AnchorError: it has none.
+        """
+        if self.pair.tokenizer is None:
+            raise AnchorError("gates by behaviour generate text: give the pair a tokenizer and prompts as text.")
+        return self.pair.tokenizer
+
+    @property
+    def is_read_along(self) -> bool:
+        """Whether the anchor is read along responses; it is then held where these stood, from the prompt's end on."""
+        return any(row.response for row in self.prompts)
+
+    @property
+    def held_positions(self) -> tuple[int, ...]:
+        """Where in a prompt the anchor is held."""
+        return (-1,) if self.is_read_along else self.positions
+
+    @property
+    def n_tokens(self) -> int | None:
+        """How many tokens of an answer it is held at, if at any; None: all."""
+        return len(self.positions) if self.is_read_along else None
+
     def judge(self, model: PreTrainedModel, jobs: Sequence[tuple[int, Hold | None]]) -> Verdicts:
         """Let a model answer prompts, by their place, each held as its job says, and judge the answers."""
         rows = [self.prompts.rows[place] for place, _ in jobs]
-        assert self.pair.tokenizer is not None
         asked = ContrastPrompts(tuple({row.id: row for row in rows}.values())).without_responses()
-        tokenized = asked.tokenize(self.pair.tokenizer)
+        tokenized = asked.tokenize(self.tokenizer)
         ids = dict(zip(tokenized.ids, tokenized.with_instruction, strict=True))
-        on_done = self.answering.on_done
         with holding(model, [hold for _, hold in jobs]) as select:
             answers = generate(
                 model,
-                self.pair.tokenizer,
+                self.tokenizer,
                 [ids[row.id] for row in rows],
                 max_new_tokens=self.answering.max_new_tokens,
                 batch_size=self.answering.batch_size,
                 on_batch=select,
-                on_done=(lambda done: on_done(done, len(jobs))) if on_done else None,
             )
         passes = self.answering.passes or (lambda row, text: _check(row).passes(text))
         repetitive = np.array([repetition(answer.ids) > REPETITIVE for answer in answers])
@@ -143,26 +166,24 @@ def search_layers(
         bench: What to answer.
         streams: Residuals at these layers at least.
         halves: Places of the prompts, in two disjoint parts.
-        layers: Where steering is tried, every other one of the list if there are too many, and so on.
+        layers: Where steering may be tried; too many are thinned evenly.
         estimator: How directions are found.
 
     Returns:
         Span -> layer -> mean rise.
     """
     thinned = sorted({layers[round(at)] for at in np.linspace(0, len(layers) - 1, bench.answering.n_layers)})
-    jobs: list[tuple[int, Hold | None]] = [(int(place), None) for half in halves for place in half]
-    n_prompts = len(jobs)
-    tried = [(span, layer) for span in SPANS for layer in thinned]
-    for span, layer in tried:
-        for half, other in zip(halves, reversed(halves), strict=True):
-            hold = fit_hold(bench, streams, layer, other, estimator, span=span)
-            jobs += [(int(place), hold) for place in half]
-    passed = bench.judge(bench.pair.base, jobs).passed.reshape(-1, n_prompts)  # (way, prompt); way 0: unsteered
-    rises = (passed[1:] - passed[0]).mean(axis=1)
-    found: dict[Span, dict[int, float]] = {span: {} for span in SPANS}
-    for (span, layer), rise in zip(tried, rises, strict=True):
-        found[span][layer] = round(float(rise), 6)
-    return found
+    places = [int(place) for half in halves for place in half]
+    ways: dict[tuple[Span, int] | None, Sequence[Hold | None]] = {None: [None] * len(places)}
+    for span in SPANS:
+        for layer in thinned:
+            fits = [fit_hold(bench, streams, layer, other, estimator, span=span) for other in reversed(halves)]
+            ways[span, layer] = [hold for half, hold in zip(halves, fits, strict=True) for _ in half]
+    passed = {way: found.passed for way, found in _by_way(bench, bench.pair.base, places, ways).items()}
+    return {
+        span: {layer: round(float((passed[span, layer] - passed[None]).mean()), 6) for layer in thinned}
+        for span in SPANS
+    }
 
 
 def fit_hold(
@@ -177,7 +198,7 @@ def fit_hold(
         layer=layer,
         direction=direction,
         level=level,
-        positions=bench.positions,
+        positions=bench.held_positions,
         span=span,
         n_tokens=bench.n_tokens,
     )
@@ -259,8 +280,9 @@ def _gate(name: str, low: float, meaning: str, *, unless: bool = False) -> Gate:
 
 
 def _by_way(
-    bench: Bench, model: PreTrainedModel, places: Sequence[int], ways: dict[str, Sequence[Hold | None]]
-) -> dict[str, Verdicts]:
+    bench: Bench, model: PreTrainedModel, places: Sequence[int], ways: Mapping[_Way, Sequence[Hold | None]]
+) -> dict[_Way, Verdicts]:
+    """Have the same prompts answered in several ways, all in one go."""
     jobs = [(place, hold) for holds in ways.values() for place, hold in zip(places, holds, strict=True)]
     found = bench.judge(model, jobs)
     passed, repetitive = (values.reshape(len(ways), len(places)) for values in (found.passed, found.repetitive))

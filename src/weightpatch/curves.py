@@ -65,14 +65,13 @@ def validate(run: Run, pair: ModelPair, settings: CurveSettings) -> Iterator[Pro
             continue
         effects = run.effects(task)
         file = run.folder(task) / "validation.json"
-        record: dict[str, Any] = {"settings": json.loads(json.dumps(asdict(settings))), "points": []}
-        if file.is_file():
-            found = json.loads(file.read_text(encoding="utf-8"))
-            if found["settings"] != record["settings"]:
-                raise RunError(
-                    f"{file} was measured with other settings ({found['settings']}). Repeat them, or delete the file."
-                )
-            record = found
+        found = run.validation(task)
+        wanted = json.loads(json.dumps(asdict(settings)))
+        if found.get("settings", wanted) != wanted:
+            raise RunError(
+                f"{file} was measured with other settings ({found['settings']}). Repeat them, or delete the file."
+            )
+        record: dict[str, Any] = {"settings": wanted, "points": found["points"]}
         points = _plan(rank(effects), settings, seed=run.config.seed)
         known = {(point["recipient"], point["arm"], point["k"]) for point in record["points"]}
         yield Progress(stage="validate", task=task, done=len(known), total=len(points))

@@ -84,15 +84,7 @@ def fit_anchor(
         raise AnchorError(f"layer {layer} is outside this model's residual streams 0 to {n_layers}.")
     bench = None
     if gates == "behaviour":
-        # An anchor that is read along responses is held where these stood: from the prompt's end on, as many tokens.
-        along = any(row.response for row in prompts)
-        bench = Bench(
-            pair=pair,
-            prompts=prompts,
-            positions=(-1,) if along else tuple(positions),
-            answering=answering or Answering(),
-            n_tokens=len(positions) if along else None,
-        )
+        bench = Bench(pair=pair, prompts=prompts, positions=tuple(positions), answering=answering or Answering())
     first, second = halves(prompts)
     # Within the first half, each quarter's direction is tried on the other: the second half stays out of the choice.
     quarters = _deal(prompts, first)
@@ -138,7 +130,7 @@ def fit_anchor(
             hold,
             ablation_level=float(streams.project(hold.direction, best, "s_without")[first].mean()),
             search=found,
-            others=_holds_of_others(bench, hold, estimator, positions=positions, batch_tokens=batch_tokens),
+            others=_holds_of_others(bench, hold, estimator, batch_tokens=batch_tokens),
         )
         passed += more
     report = AnchorReport(
@@ -167,9 +159,7 @@ def _most_steerable(
     return (layer, span) if rise > 0 else None
 
 
-def _holds_of_others(
-    bench: Bench, hold: Hold, estimator: Estimator, *, positions: Sequence[int], batch_tokens: int
-) -> dict[str, Hold]:
+def _holds_of_others(bench: Bench, hold: Hold, estimator: Estimator, *, batch_tokens: int) -> dict[str, Hold]:
     """The anchors of other tasks at the same layer, each at its own level."""
     others = bench.answering.others
     if others is None:
@@ -181,7 +171,7 @@ def _holds_of_others(
             bench.pair,
             own.tokenize(bench.pair.tokenizer),
             layers=[hold.layer],
-            positions=positions,
+            positions=bench.positions,
             batch_tokens=batch_tokens,
         )
         held = fit_hold(bench, streams, hold.layer, np.arange(len(own)), estimator, span=hold.span)

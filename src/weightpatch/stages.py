@@ -106,8 +106,7 @@ def check_settings(config: RunConfig, pair: ModelPair, prompts: ContrastPrompts)
         own = prompts.of_task(task)
         halves(own.split("fit"))
         if config.gates == "behaviour":
-            held = (-1,) if config.response_tokens else config.positions
-            Bench(pair=pair, prompts=own.split("fit"), positions=held, answering=Answering())
+            Bench(pair=pair, prompts=own.split("fit"), positions=config.readout_positions, answering=Answering())
         own.split("localize")
 
 
@@ -130,7 +129,7 @@ def fit_anchors(run: Run, pair: ModelPair) -> Iterator[Progress]:
         if file.is_file():
             continue
         prompts = run.prompts().of_task(task).split("fit")
-        gates = resolve_gates(config, pair, prompts)
+        gates = _resolve_gates(config, pair, prompts)
         anchor = fit_anchor(
             pair,
             prompts,
@@ -148,7 +147,7 @@ def fit_anchors(run: Run, pair: ModelPair) -> Iterator[Progress]:
         partial.replace(file)
 
 
-def resolve_gates(config: RunConfig, pair: ModelPair, prompts: ContrastPrompts) -> Gates:
+def _resolve_gates(config: RunConfig, pair: ModelPair, prompts: ContrastPrompts) -> Gates:
     """What `gates="auto"` means for these prompts."""
     if config.gates != "auto":
         return config.gates

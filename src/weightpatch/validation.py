@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -179,7 +179,7 @@ def forced_log_probs(
     responses: Sequence[TokenIds],
     *,
     batch_tokens: int = BATCH_TOKENS,
-) -> Iterator[Tensor]:
+) -> list[Tensor]:
     """Next-token log-probabilities along given responses (teacher forcing).
 
     Args:
@@ -188,7 +188,7 @@ def forced_log_probs(
         responses: What is forced behind each; an empty one counts as one token to predict.
         batch_tokens: Most tokens of one forward pass.
 
-    Yields:
+    Returns:
         For each prompt, in order, `(token, vocabulary)`, float32, on the CPU: one row for every token of the response.
     """
     # The response's last token predicts nothing that is compared, so it need not be run.
@@ -204,7 +204,7 @@ def forced_log_probs(
                 first = len(token_ids[place]) - 1 - start
                 own = logits[row, first : first + max(1, len(responses[place]))]
                 found[place] = torch.log_softmax(own.float(), dim=-1).cpu()
-    yield from (found[place] for place in range(len(whole)))
+    return [found[place] for place in range(len(whole))]
 
 
 def _divergences(reference: Iterable[Tensor], found: Iterable[Tensor]) -> Floats:
