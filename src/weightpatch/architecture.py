@@ -5,8 +5,8 @@ This is the only file that knows a model's names. To add a family, add a row to 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, MutableMapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +16,27 @@ from weightpatch.errors import ArchitectureError
 
 
 @dataclass(frozen=True, kw_only=True)
+class Experts:
+    """Where a layer keeps its mixture of experts; paths relative to the layer.
+
+    Attributes:
+        router: The module that chooses experts for a token.
+        matrices_in: Parameters, stacked by expert, of which a neuron owns one row each. One that is named twice holds
+            two matrices behind one another (gate and up).
+        matrix_out: Parameter, stacked by expert, of which a neuron owns one column.
+    """
+
+    router: str
+    matrices_in: tuple[str, ...]
+    matrix_out: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Family:
     """One row of the table: module paths of a decoder family.
 
-    Paths of a layer's modules are relative to the layer. `q`, `k` and `v` that name the same module are fused: their
-    outputs lie behind one another in this order.
+    Paths of a layer's modules are relative to the layer. A module that is named more than once is fused: what it
+    stands for lies behind one another in its outputs, in the order of the names (q, k, v; gate, up).
 
     Attributes:
         layers: The list of decoder layers, seen from the model.
@@ -30,86 +46,118 @@ class Family:
         q: Query projection. A head owns its rows.
         k: Key projection. A key/value group owns its rows.
         v: Value projection. A key/value group owns its rows.
-        o: Output projection. A head owns its columns.
-        attn_rest: What of the attention belongs to no single head, beside the bias of `o` (say, q and k norms).
-        mlp: The MLP as a whole.
+        o: Output projection, the last thing the attention module does. A head owns its columns.
+        attn_rest: What of the attention belongs to no single head, beside the bias of `o`: q and k norms.
+        mlp: Modules that together are the MLP; what the last one puts out is what the MLP writes.
         mlp_in: Matrices of which a neuron owns one row each (gate and up, or one in-projection).
         mlp_out: The matrix of which a neuron owns one column.
-        norm_attn: Norms that belong to the attention.
-        norm_mlp: Norms that belong to the MLP; the first one is applied to its input.
+        norm_attn: Norms that belong to the attention, before and behind it.
+        norm_mlp: Norms that belong to the MLP, before and behind it.
         transposed: Weights are stored (in, out), as in transformers' `Conv1D`, instead of (out, in).
+        interleaved: A fused q, k, v module holds them head by head instead of all queries first.
+        experts: Where layers with a mixture of experts keep it, instead of `mlp_in` and `mlp_out`.
     """
 
-    layers: str
-    embed: tuple[str, ...]
-    norm: str
-    unembed: str
-    q: str
-    k: str
-    v: str
-    o: str
+    layers: str = "model.layers"
+    embed: tuple[str, ...] = ("model.embed_tokens",)
+    norm: str = "model.norm"
+    unembed: str = "lm_head"
+    q: str = "self_attn.q_proj"
+    k: str = "self_attn.k_proj"
+    v: str = "self_attn.v_proj"
+    o: str = "self_attn.o_proj"
     attn_rest: tuple[str, ...] = ()
-    mlp: str
-    mlp_in: tuple[str, ...]
-    mlp_out: str
-    norm_attn: tuple[str, ...]
-    norm_mlp: tuple[str, ...]
+    mlp: tuple[str, ...] = ("mlp",)
+    mlp_in: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
+    mlp_out: str = "mlp.down_proj"
+    norm_attn: tuple[str, ...] = ("input_layernorm",)
+    norm_mlp: tuple[str, ...] = ("post_attention_layernorm",)
     transposed: bool = False
+    interleaved: bool = False
+    experts: Experts | None = None
 
-    def after_attention(self, layer: nn.Module, residual: Tensor, write: Tensor) -> Tensor:
-        """The rest of a layer once its attention has written: add, norm, MLP, add.
-
-        Args:
-            layer: A decoder layer of this family.
-            residual: The residual stream that entered the layer, shape `(row, token, feature)`.
-            write: What the attention adds to it, the output of `o` with its bias, same shape.
-
-        Returns:
-            The residual stream that leaves the layer, same shape.
-        """
-        middle = residual + write
-        written: Tensor = layer.get_submodule(self.mlp)(layer.get_submodule(self.norm_mlp[0])(middle))
-        return middle + written
+    @property
+    def attn(self) -> str:
+        """The attention module, which holds `o`."""
+        return self.o.rpartition(".")[0]
 
 
-_LLAMA = Family(
-    layers="model.layers",
-    embed=("model.embed_tokens",),
-    norm="model.norm",
-    unembed="lm_head",
-    q="self_attn.q_proj",
-    k="self_attn.k_proj",
-    v="self_attn.v_proj",
-    o="self_attn.o_proj",
-    mlp="mlp",
-    mlp_in=("mlp.gate_proj", "mlp.up_proj"),
-    mlp_out="mlp.down_proj",
-    norm_attn=("input_layernorm",),
-    norm_mlp=("post_attention_layernorm",),
+_LLAMA = Family()
+_QK_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
+_QWEN3 = replace(_LLAMA, attn_rest=_QK_NORMS)
+_GEMMA2 = replace(
+    _LLAMA,
+    norm_attn=("input_layernorm", "post_attention_layernorm"),
+    norm_mlp=("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+)
+_MIXTRAL = replace(
+    _LLAMA,
+    experts=Experts(
+        router="mlp.gate",
+        matrices_in=("mlp.experts.gate_up_proj", "mlp.experts.gate_up_proj"),
+        matrix_out="mlp.experts.down_proj",
+    ),
 )
 
-FAMILIES: Mapping[str, Family] = {
+FAMILIES: MutableMapping[str, Family] = {
     "llama": _LLAMA,
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
+    "smollm3": _LLAMA,
+    "granite": _LLAMA,
+    "qwen3": _QWEN3,
+    "gemma2": _GEMMA2,
+    "gemma3_text": replace(_GEMMA2, attn_rest=_QK_NORMS),
+    "olmo2": replace(_QWEN3, norm_attn=("post_attention_layernorm",), norm_mlp=("post_feedforward_layernorm",)),
+    "phi3": replace(
+        _LLAMA,
+        q="self_attn.qkv_proj",
+        k="self_attn.qkv_proj",
+        v="self_attn.qkv_proj",
+        mlp_in=("mlp.gate_up_proj", "mlp.gate_up_proj"),
+    ),
+    "mixtral": _MIXTRAL,
+    "qwen3_moe": replace(_MIXTRAL, attn_rest=_QK_NORMS),
+    "olmoe": replace(_MIXTRAL, attn_rest=_QK_NORMS),
     "gpt2": Family(
         layers="transformer.h",
         embed=("transformer.wte", "transformer.wpe"),
         norm="transformer.ln_f",
-        unembed="lm_head",
         q="attn.c_attn",
         k="attn.c_attn",
         v="attn.c_attn",
         o="attn.c_proj",
-        mlp="mlp",
         mlp_in=("mlp.c_fc",),
         mlp_out="mlp.c_proj",
         norm_attn=("ln_1",),
         norm_mlp=("ln_2",),
         transposed=True,
     ),
+    "gpt_neox": Family(
+        layers="gpt_neox.layers",
+        embed=("gpt_neox.embed_in",),
+        norm="gpt_neox.final_layer_norm",
+        q="attention.query_key_value",
+        k="attention.query_key_value",
+        v="attention.query_key_value",
+        o="attention.dense",
+        mlp_in=("mlp.dense_h_to_4h",),
+        mlp_out="mlp.dense_4h_to_h",
+        interleaved=True,
+    ),
+    "opt": Family(
+        layers="model.decoder.layers",
+        embed=("model.decoder.embed_tokens", "model.decoder.embed_positions"),
+        norm="model.decoder.final_layer_norm",
+        o="self_attn.out_proj",
+        mlp=("fc1", "fc2"),
+        mlp_in=("fc1",),
+        mlp_out="fc2",
+        norm_attn=("self_attn_layer_norm",),
+        norm_mlp=("final_layer_norm",),
+    ),
 }
-"""The table: `model_type` of a config -> its row."""
+"""The table: `model_type` of a config -> its row. Rows may be added from outside, before a pair is made."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,8 +171,8 @@ class Architecture:
         n_heads: Query heads of a layer.
         n_kv_heads: Key/value groups of a layer; `n_heads / n_kv_heads` query heads share one.
         head_dim: Features of one head.
-        n_neurons: Neurons of one MLP.
         n_features: Width of the residual stream.
+        n_positions: Positions that a learned table holds; None where positions are computed.
         parameters: Full name -> shape, tied parameters once, in the model's order.
     """
 
@@ -134,8 +182,8 @@ class Architecture:
     n_heads: int
     n_kv_heads: int
     head_dim: int
-    n_neurons: int
     n_features: int
+    n_positions: int | None
     parameters: Mapping[str, tuple[int, ...]]
 
     @classmethod
@@ -155,8 +203,8 @@ class Architecture:
             n_heads=n_heads,
             n_kv_heads=int(getattr(config, "num_key_value_heads", None) or n_heads),
             head_dim=int(getattr(config, "head_dim", None) or config.hidden_size // n_heads),
-            n_neurons=_n_neurons(model, family),
             n_features=int(config.hidden_size),
+            n_positions=int(config.max_position_embeddings) if len(family.embed) > 1 else None,
             parameters={name: tuple(parameter.shape) for name, parameter in model.named_parameters()},
         )
         _check_row(architecture, model)
@@ -168,10 +216,34 @@ class Architecture:
         return self.n_heads // self.n_kv_heads
 
     @property
-    def n_positions(self) -> int | None:
-        """Positions that a learned table holds; None where positions are computed."""
-        tables = [self.parameters[f"{path}.weight"] for path in self.family.embed[1:]]
-        return min(shape[0] for shape in tables) if tables else None
+    def n_neurons(self) -> int:
+        """Neurons of the widest MLP, or of one expert where every layer has experts."""
+        counts = [self.n_neurons_of(layer) for layer in range(self.n_layers)]
+        return max(counts) or max(self.n_expert_neurons_of(layer) for layer in range(self.n_layers))
+
+    def n_neurons_of(self, layer: int) -> int:
+        """Neurons of a layer's MLP; 0 where it has experts instead."""
+        shape = self.parameters.get(f"{self.layer_prefix(layer)}{self.family.mlp_out}.weight")
+        return shape[0 if self.family.transposed else 1] if shape else 0
+
+    def n_experts_of(self, layer: int) -> int:
+        """Experts of a layer; 0 where it has a plain MLP."""
+        return self._expert_shape(layer)[0]
+
+    def n_expert_neurons_of(self, layer: int) -> int:
+        """Neurons of one expert of a layer; 0 where it has a plain MLP."""
+        return self._expert_shape(layer)[-1]
+
+    def _expert_shape(self, layer: int) -> tuple[int, ...]:
+        experts = self.family.experts
+        return self.parameters.get(f"{self.layer_prefix(layer)}{experts.matrix_out}", (0,)) if experts else (0,)
+
+    @property
+    def heads_are_independent(self) -> bool:
+        """Whether a head's queries and a group's keys leave those of others alone: no norm spans several of them."""
+        prefix = self.layer_prefix(0)
+        norms = [name for path in self.family.attn_rest for name in self.parameters_under(prefix + path)]
+        return all(self.parameters[name] == (self.head_dim,) for name in norms) or self.n_heads == 1
 
     def layer_prefix(self, layer: int) -> str:
         """What every parameter name of this layer starts with, with the trailing dot."""
@@ -189,6 +261,9 @@ class Architecture:
             index: The head for `"q"`, the key/value group for `"k"` and `"v"`.
         """
         module = getattr(self.family, projection)
+        if self.family.interleaved:
+            start = (3 * index + "qkv".index(projection)) * self.head_dim
+            return start, start + self.head_dim
         start = index * self.head_dim
         for name in "qkv"[: "qkv".index(projection)]:
             if getattr(self.family, name) == module:
@@ -224,55 +299,67 @@ def embedding_weight(model: PreTrainedModel) -> Tensor:
     return model.get_parameter(f"{family_of(model.config).embed[0]}.weight")
 
 
-def _n_neurons(model: PreTrainedModel, family: Family) -> int:
-    try:
-        weight = model.get_submodule(f"{family.layers}.0.{family.mlp_out}").get_parameter("weight")
-    except AttributeError as error:
-        raise ArchitectureError(f"the row of {model.config.model_type!r} does not fit this model: {error}") from error
-    return int(weight.shape[0 if family.transposed else 1])
-
-
 def _check_row(architecture: Architecture, model: PreTrainedModel) -> None:
     """Raise unless every module of the row exists with the outputs that heads, groups and neurons are cut from."""
-    family, faults = architecture.family, []
-    width = {"q": architecture.n_heads, "k": architecture.n_kv_heads, "v": architecture.n_kv_heads}
-    outputs: dict[str, int] = {}
-    for projection, heads in width.items():
-        module = getattr(family, projection)
-        outputs[module] = outputs.get(module, 0) + heads * architecture.head_dim
-    outputs |= dict.fromkeys(family.mlp_in, architecture.n_neurons)
-    inputs = {family.o: architecture.n_heads * architecture.head_dim, family.mlp_out: architecture.n_neurons}
-    for layer in range(architecture.n_layers):
-        prefix = architecture.layer_prefix(layer)
-        for modules, axis in ((outputs, 1 if family.transposed else 0), (inputs, 0 if family.transposed else 1)):
-            for module, expected in modules.items():
-                shape = architecture.parameters.get(f"{prefix}{module}.weight")
-                if shape is None:
-                    faults.append(f"there is no {prefix}{module}.weight")
-                elif shape[axis] != expected:
-                    faults.append(f"{prefix}{module}.weight is {list(shape)}, axis {axis} should be {expected}")
-    named = (*family.embed, family.norm)
-    faults += [f"{path} has no parameters" for path in named if not architecture.parameters_under(path)]
-    inside = {
-        family.q,
-        family.k,
-        family.v,
-        family.o,
-        *family.attn_rest,
-        family.mlp,
-        *family.norm_attn,
-        *family.norm_mlp,
-    }
-    owners = [f"{architecture.layer_prefix(layer)}{path}." for layer in range(architecture.n_layers) for path in inside]
-    owners += [f"{path}." for path in (*named, family.unembed)]
-    faults += [
-        f"nothing in the row owns {name}" for name in architecture.parameters if not name.startswith(tuple(owners))
-    ]
-    if len(layers_of(model)) != architecture.n_layers:
-        faults.append(f"{len(layers_of(model))} layers, the config says {architecture.n_layers}")
+    faults = [f"there is no {path}" for path in _missing(architecture.family, model)]
+    if not faults:
+        layers = range(architecture.n_layers)
+        faults += [fault for layer in layers for fault in _misfits(architecture, layer)]
+        owners = tuple(f"{path}." for path in _owning_paths(architecture))
+        faults += [f"nothing in the row owns {name}" for name in architecture.parameters if not name.startswith(owners)]
     if faults:
         listed = "\n".join(f"  - {fault}" for fault in faults[:12])
         raise ArchitectureError(f"the row of {architecture.model_type!r} does not fit this model:\n{listed}")
+
+
+def _missing(family: Family, model: PreTrainedModel) -> Iterator[str]:
+    modules = dict(model.named_modules())
+    yield from (path for path in (family.layers, *family.embed, family.norm, family.unembed) if path not in modules)
+    layers = modules.get(family.layers)
+    if isinstance(layers, nn.ModuleList):
+        if len(layers) != model.config.num_hidden_layers:
+            yield f"{family.layers}.{model.config.num_hidden_layers - 1}: {len(layers)} layers in all"
+        for number, layer in enumerate(layers):
+            own = dict(layer.named_modules())
+            wanted = (family.q, family.k, family.v, family.o, *family.mlp, *family.norm_attn, *family.norm_mlp)
+            yield from (f"{family.layers}.{number}.{path}" for path in dict.fromkeys(wanted) if path not in own)
+
+
+def _misfits(architecture: Architecture, layer: int) -> Iterator[str]:
+    """What of a layer's tensors cannot be cut into heads, groups, neurons and experts."""
+    family, prefix = architecture.family, architecture.layer_prefix(layer)
+    outputs: dict[str, int] = {}
+    heads = {"q": architecture.n_heads, "k": architecture.n_kv_heads, "v": architecture.n_kv_heads}
+    for projection, count in heads.items():
+        module = getattr(family, projection)
+        outputs[module] = outputs.get(module, 0) + count * architecture.head_dim
+    inputs = {family.o: architecture.n_heads * architecture.head_dim}
+    if n_neurons := architecture.n_neurons_of(layer):
+        for module in family.mlp_in:
+            outputs[module] = outputs.get(module, 0) + n_neurons
+        inputs[family.mlp_out] = n_neurons
+    expected = {f"{module}.weight": (1 if family.transposed else 0, size) for module, size in outputs.items()}
+    expected |= {f"{module}.weight": (0 if family.transposed else 1, size) for module, size in inputs.items()}
+    if not n_neurons and family.experts:
+        for path in family.experts.matrices_in:
+            expected[path] = (1, architecture.n_expert_neurons_of(layer) * family.experts.matrices_in.count(path))
+    if not n_neurons and not architecture.n_experts_of(layer):
+        yield f"{prefix[:-1]} has neither {family.mlp_out} nor experts that the row knows"
+    for name, (axis, size) in expected.items():
+        shape = architecture.parameters.get(prefix + name)
+        if shape is None:
+            yield f"there is no {prefix}{name}"
+        elif shape[axis] != size:
+            yield f"{prefix}{name} is {list(shape)}, axis {axis} should be {size}"
+
+
+def _owning_paths(architecture: Architecture) -> Iterator[str]:
+    family = architecture.family
+    yield from (*family.embed, family.norm, family.unembed)
+    attention = (family.q, family.k, family.v, family.o, *family.attn_rest)
+    for layer in range(architecture.n_layers):
+        for path in (*attention, *family.mlp, *family.norm_attn, *family.norm_mlp):
+            yield architecture.layer_prefix(layer) + path
 
 
 def skeleton(config: PreTrainedConfig) -> PreTrainedModel:

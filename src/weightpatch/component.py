@@ -1,7 +1,8 @@
 """Addresses, the components they name, and the slices of tensors that each component owns.
 
 The address is the whole notation: `L5` block, `L5.attn`, `L5.H3` head, `L5.H3.q`, `L5.H3.o`, `L5.KV1` key/value group,
-`L5.mlp`, `L5.N812` neuron, `L5.norm.attn`, `L5.norm.mlp`, `L5.attn.rest`, `L5.mlp.rest`, `embed`, `norm`, `unembed`.
+`L5.mlp`, `L5.N812` neuron, `L5.E3` expert, `L5.E3.N12` an expert's neuron, `L5.router`, `L5.norm.attn`, `L5.norm.mlp`,
+`L5.attn.rest`, `L5.mlp.rest`, `embed`, `norm`, `unembed`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from weightpatch.architecture import Architecture
 from weightpatch.errors import ComponentError
 
 UNITS: tuple[str, ...] = (
-    "blocks", "attns", "mlps", "heads", "heads.q", "heads.o", "kvs", "neurons", "norms", "rests", "ends",
+    "blocks", "attns", "mlps", "heads", "heads.q", "heads.o", "kvs", "neurons", "experts", "routers", "norms", "rests",
+    "ends",
 )  # fmt: skip
 """Kinds of components. `rests`: what no head, group or neuron of a layer owns; `ends`: embed, norm, unembed."""
 
@@ -25,20 +27,24 @@ LEVELS: tuple[str, ...] = ("blocks", "modules", "heads", "neurons")
 
 _PART_OF: dict[str, str] = {
     "attns": "blocks", "mlps": "blocks", "norms": "blocks", "rests": "blocks", "heads": "attns", "kvs": "attns",
-    "heads.q": "heads", "heads.o": "heads", "neurons": "mlps",
+    "heads.q": "heads", "heads.o": "heads", "experts": "mlps", "routers": "mlps", "neurons": "experts",
 }  # fmt: skip
 
+_N = "(0|[1-9][0-9]*)"
+_LAYER = rf"L(?P<layer>{_N})"
 _FORMS: tuple[tuple[str, str], ...] = (
-    ("blocks", r"L(0|[1-9][0-9]*)"),
-    ("attns", r"L(0|[1-9][0-9]*)\.attn"),
-    ("mlps", r"L(0|[1-9][0-9]*)\.mlp"),
-    ("heads", r"L(0|[1-9][0-9]*)\.H(0|[1-9][0-9]*)"),
-    ("heads.q", r"L(0|[1-9][0-9]*)\.H(0|[1-9][0-9]*)\.q"),
-    ("heads.o", r"L(0|[1-9][0-9]*)\.H(0|[1-9][0-9]*)\.o"),
-    ("kvs", r"L(0|[1-9][0-9]*)\.KV(0|[1-9][0-9]*)"),
-    ("neurons", r"L(0|[1-9][0-9]*)\.N(0|[1-9][0-9]*)"),
-    ("norms", r"L(0|[1-9][0-9]*)\.norm\.(?:attn|mlp)"),
-    ("rests", r"L(0|[1-9][0-9]*)\.(?:attn|mlp)\.rest"),
+    ("blocks", _LAYER),
+    ("attns", rf"{_LAYER}\.attn"),
+    ("mlps", rf"{_LAYER}\.mlp"),
+    ("heads", rf"{_LAYER}\.H(?P<index>{_N})"),
+    ("heads.q", rf"{_LAYER}\.H(?P<index>{_N})\.q"),
+    ("heads.o", rf"{_LAYER}\.H(?P<index>{_N})\.o"),
+    ("kvs", rf"{_LAYER}\.KV(?P<index>{_N})"),
+    ("neurons", rf"{_LAYER}(?:\.E(?P<expert>{_N}))?\.N(?P<index>{_N})"),
+    ("experts", rf"{_LAYER}\.E(?P<index>{_N})"),
+    ("routers", rf"{_LAYER}\.router"),
+    ("norms", rf"{_LAYER}\.norm\.(?:attn|mlp)"),
+    ("rests", rf"{_LAYER}\.(?:attn|mlp)\.rest"),
     ("ends", r"embed|norm|unembed"),
 )
 
@@ -51,13 +57,15 @@ class Component:
         address: Its name, for instance `L5.H3`.
         unit: Its kind, one of `UNITS`.
         layer: Its decoder layer; None for `embed`, `norm` and `unembed`.
-        index: Which head, group or neuron of the layer; None for what a layer has once.
+        index: Which head, group, expert or neuron of the layer; None for what a layer has once.
+        expert: Which expert a neuron belongs to; None for the neurons of a plain MLP.
     """
 
     address: str
     unit: str
     layer: int | None
     index: int | None = None
+    expert: int | None = None
 
     @classmethod
     def parse(cls, address: str) -> Component:
@@ -68,11 +76,12 @@ class Component:
         """
         for unit, form in _FORMS:
             if match := re.fullmatch(form, address):
-                numbers = [int(group) for group in match.groups()] + [None, None]
-                return cls(address=address, unit=unit, layer=numbers[0], index=numbers[1])
+                numbers = {name: int(number) for name, number in match.groupdict().items() if number is not None}
+                return cls(address=address, unit=unit, layer=numbers.pop("layer", None), **numbers)
         raise ComponentError(
             f"cannot read the component address {address!r}. Write one of L5, L5.attn, L5.mlp, L5.H3, L5.H3.q, "
-            "L5.H3.o, L5.KV1, L5.N812, L5.norm.attn, L5.norm.mlp, L5.attn.rest, L5.mlp.rest, embed, norm, unembed."
+            "L5.H3.o, L5.KV1, L5.N812, L5.E3, L5.E3.N12, L5.router, L5.norm.attn, L5.norm.mlp, L5.attn.rest, "
+            "L5.mlp.rest, embed, norm, unembed."
         )
 
     def __str__(self) -> str:
@@ -88,16 +97,20 @@ class Slice:
         axis: The axis that is cut; 0 with the full length for a whole parameter.
         start: First index on that axis.
         stop: One past the last index.
+        expert: Which matrix of a parameter that stacks those of all experts; the axis is one of that matrix. None: the
+            whole parameter is meant.
     """
 
     parameter: str
     axis: int
     start: int
     stop: int
+    expert: int | None = None
 
     def of(self, tensor: Tensor) -> Tensor:
         """The slice of a tensor of the parameter's shape, as a view."""
-        return tensor.narrow(self.axis, self.start, self.stop - self.start)
+        matrix = tensor if self.expert is None else tensor[self.expert]
+        return matrix.narrow(self.axis, self.start, self.stop - self.start)
 
 
 def slices(architecture: Architecture, component: Component) -> tuple[Slice, ...]:
@@ -146,6 +159,8 @@ def components(architecture: Architecture, units: str | Sequence[str | Component
             named = singles.get(name)
             members = _members(architecture, name, layer) if named is None else [named] * (named.layer == layer)
             found_components |= dict.fromkeys(members)
+    if not found_components:
+        raise ComponentError(f"this model has no {', '.join(names)}. Name some of {', '.join(UNITS)}, or addresses.")
     return tuple(found_components)
 
 
@@ -160,7 +175,7 @@ def partition(architecture: Architecture, level: str) -> tuple[Component, ...]:
         "blocks": "ends,blocks",
         "modules": "ends,norms,attns,mlps",
         "heads": "ends,norms,heads,kvs,rests,mlps",
-        "neurons": "ends,norms,heads,kvs,rests,neurons",
+        "neurons": "ends,norms,heads,kvs,rests,routers,neurons",
     }
     if level not in units:
         raise ComponentError(f"unknown partition {level!r}. Name one of {', '.join(LEVELS)}.")
@@ -177,50 +192,70 @@ def _is_address(name: str) -> bool:
 def _members(architecture: Architecture, unit: str, layer: int | None) -> Iterator[Component]:
     if (unit == "ends") != (layer is None):
         return
-    counts = {
-        "heads": architecture.n_heads,
-        "heads.q": architecture.n_heads,
-        "heads.o": architecture.n_heads,
-        "kvs": architecture.n_kv_heads,
-        "neurons": architecture.n_neurons,
-    }
+    if layer is not None and unit in _COUNTED:
+        yield from _counted(architecture, unit, layer)
+        return
     patterns = {
         "ends": ("embed", "norm", "unembed"),
         "blocks": ("L{layer}",),
         "attns": ("L{layer}.attn",),
         "mlps": ("L{layer}.mlp",),
-        "heads": ("L{layer}.H{index}",),
-        "heads.q": ("L{layer}.H{index}.q",),
-        "heads.o": ("L{layer}.H{index}.o",),
-        "kvs": ("L{layer}.KV{index}",),
-        "neurons": ("L{layer}.N{index}",),
+        "routers": ("L{layer}.router",),
         "norms": ("L{layer}.norm.attn", "L{layer}.norm.mlp"),
         "rests": ("L{layer}.attn.rest", "L{layer}.mlp.rest"),
     }
-    has_index = unit in counts
-    for index in range(counts.get(unit, 1)):
-        for pattern in patterns[unit]:
-            address = pattern.format(layer=layer, index=index)
-            component = Component(address=address, unit=unit, layer=layer, index=index if has_index else None)
-            if has_index or any(True for _ in _owned(architecture, component)):
-                yield component
+    for pattern in patterns[unit]:
+        component = Component(address=pattern.format(layer=layer), unit=unit, layer=layer)
+        if any(True for _ in _owned(architecture, component)):
+            yield component
+
+
+_COUNTED = {"heads": "H{}", "heads.q": "H{}.q", "heads.o": "H{}.o", "kvs": "KV{}", "neurons": "N{}", "experts": "E{}"}
+"""Units of which a layer has several, and how their address goes on."""
+
+
+def _counted(architecture: Architecture, unit: str, layer: int) -> Iterator[Component]:
+    for expert in range(architecture.n_experts_of(layer)) if unit == "neurons" else ():
+        for index in range(architecture.n_expert_neurons_of(layer)):
+            address = f"L{layer}.E{expert}.N{index}"
+            yield Component(address=address, unit=unit, layer=layer, index=index, expert=expert)
+    for index in range(_count(architecture, unit, layer)):
+        address = f"L{layer}.{_COUNTED[unit].format(index)}"
+        yield Component(address=address, unit=unit, layer=layer, index=index)
+
+
+def _count(architecture: Architecture, unit: str, layer: int, *, expert: bool = False) -> int:
+    """How many of a unit a layer has; with `expert`, how many neurons one of its experts has."""
+    match unit:
+        case "kvs":
+            return architecture.n_kv_heads
+        case "experts":
+            return architecture.n_experts_of(layer)
+        case "neurons":
+            return architecture.n_expert_neurons_of(layer) if expert else architecture.n_neurons_of(layer)
+        case _:
+            return architecture.n_heads
 
 
 def _check_exists(architecture: Architecture, component: Component) -> None:
-    if component.layer is not None and component.layer >= architecture.n_layers:
+    layer = component.layer
+    if layer is None:
+        return
+    if layer >= architecture.n_layers:
         last = architecture.n_layers - 1
         raise ComponentError(f"{component}: this model has layers L0 to L{last}. Name one of these.")
-    limits = {
-        "heads": ("H", architecture.n_heads),
-        "heads.q": ("H", architecture.n_heads),
-        "heads.o": ("H", architecture.n_heads),
-        "kvs": ("KV", architecture.n_kv_heads),
-        "neurons": ("N", architecture.n_neurons),
-    }
+    letter = _COUNTED.get(component.unit, "").partition("{")[0]
+    if component.expert is not None and component.expert >= architecture.n_experts_of(layer):
+        raise ComponentError(f"{component}: {_range(layer, 'E', architecture.n_experts_of(layer))}")
     if component.index is not None:
-        letter, limit = limits[component.unit]
+        limit = _count(architecture, component.unit, layer, expert=component.expert is not None)
         if component.index >= limit:
-            raise ComponentError(f"{component}: a layer of this model has {letter}0 to {letter}{limit - 1}.")
+            raise ComponentError(f"{component}: {_range(layer, letter, limit)}")
+
+
+def _range(layer: int, letter: str, limit: int) -> str:
+    has = f"{letter}0 to {letter}{limit - 1}" if limit else f"no {letter}"
+    return f"layer {layer} of this model has {has}."
 
 
 def _owned(architecture: Architecture, component: Component) -> Iterator[Slice]:  # noqa: PLR0912  one case to a unit
@@ -243,15 +278,28 @@ def _owned(architecture: Architecture, component: Component) -> Iterator[Slice]:
         case "kvs":
             yield from _outputs(architecture, prefix + family.k, *architecture.head_outputs("k", index))
             yield from _outputs(architecture, prefix + family.v, *architecture.head_outputs("v", index))
+        case "neurons" if component.expert is not None and family.experts:
+            size, expert = architecture.n_expert_neurons_of(component.layer), component.expert
+            for place, name in enumerate(family.experts.matrices_in):
+                row = size * family.experts.matrices_in[:place].count(name) + index
+                yield Slice(parameter=prefix + name, axis=0, start=row, stop=row + 1, expert=expert)
+            name = prefix + family.experts.matrix_out
+            yield Slice(parameter=name, axis=1, start=index, stop=index + 1, expert=expert)
         case "neurons":
-            for module in family.mlp_in:
-                yield from _outputs(architecture, prefix + module, index, index + 1)
+            for place, module in enumerate(family.mlp_in):
+                row = architecture.n_neurons_of(component.layer) * family.mlp_in[:place].count(module) + index
+                yield from _outputs(architecture, prefix + module, row, row + 1)
             yield _inputs(architecture, prefix + family.mlp_out, index, 1)
+        case "experts" if family.experts:
+            for name in dict.fromkeys((*family.experts.matrices_in, family.experts.matrix_out)):
+                yield Slice(parameter=prefix + name, axis=0, start=index, stop=index + 1)
+        case "routers" if family.experts:
+            yield from _whole(architecture, (prefix + family.experts.router,))
         case "attns":
             attn = dict.fromkeys((family.q, family.k, family.v, family.o, *family.attn_rest))
             yield from _whole(architecture, tuple(prefix + module for module in attn))
         case "mlps":
-            yield from _whole(architecture, (prefix + family.mlp,))
+            yield from _whole(architecture, tuple(prefix + module for module in family.mlp))
         case "norms":
             norms = family.norm_attn if component.address.endswith("attn") else family.norm_mlp
             yield from _whole(architecture, tuple(prefix + norm for norm in norms))

@@ -67,16 +67,20 @@ def _stream(model: PreTrainedModel, tokens: Tensor, layer: int) -> Tensor:
     """Residual stream that enters `layer`, shape `(prompt, token, feature)`, from one run of the whole model."""
     caught: list[Tensor] = []
 
-    def catch(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def entering(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         caught.append(args[0] if args else kwargs["hidden_states"])
 
-    children = list(model.base_model.children())
-    blocks = next(child for child in children if isinstance(child, nn.ModuleList))
-    behind = children[children.index(blocks) + 1]
-    handle = (blocks[layer] if layer < len(blocks) else behind).register_forward_pre_hook(catch, with_kwargs=True)
+    def leaving(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+        caught.append(output[0] if isinstance(output, tuple) else output)
+
+    blocks = next(module for module in model.base_model.modules() if isinstance(module, nn.ModuleList))
+    if layer < len(blocks):
+        handle = blocks[layer].register_forward_pre_hook(entering, with_kwargs=True)
+    else:
+        handle = blocks[-1].register_forward_hook(leaving)
     try:
         with torch.no_grad():
-            model(input_ids=tokens.to(children[0].get_parameter("weight").device), use_cache=False)
+            model(input_ids=tokens.to(next(model.get_input_embeddings().parameters()).device), use_cache=False)
     finally:
         handle.remove()
     return caught[0]

@@ -1,0 +1,266 @@
+"""Single layers of the base, called by hand on packed rows: whole, only their attention, or all but their attention.
+
+Layers run as transformers wrote them. Where a sublayer's write is known, a stub that gives it stands in the module's
+place for one call, so that norms, multipliers, parallel branches and residual additions stay the layer's own.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from weightpatch.architecture import Family, family_of, layers_of
+from weightpatch.engine.blocks import Blocks, attending, blocks_of
+from weightpatch.engine.packing import Packing
+from weightpatch.errors import ArchitectureError
+from weightpatch.pair import ModelPair
+from weightpatch.residuals import walk
+
+Weights = Mapping[str, Tensor]
+"""Parameters that stand in for a layer's own, by their names within the layer."""
+
+
+class Done(Exception):
+    """All that was wanted of a layer has been seen."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LayerCall:
+    """A layer of the base with everything it is called with beside the residual stream, for packed rows.
+
+    Attributes:
+        layer: The module.
+        family: Its row of the architecture table.
+        kwargs: What the model hands to it.
+        blocks: Its attention mask, cut into blocks.
+        reads: Where the row is read at the anchor, shape `(read,)`.
+        read_blocks: The blocks of these queries alone.
+        n_outputs: How many things the attention module returns as a tuple; 0: its write alone, as it is.
+    """
+
+    layer: nn.Module
+    family: Family
+    kwargs: dict[str, Any]
+    blocks: Blocks
+    reads: Tensor
+    read_blocks: Blocks
+    n_outputs: int
+
+    def __call__(self, residual: Tensor) -> Tensor:
+        """What leaves the layer; shapes `(row, token, feature)`."""
+        return self._run(residual, {})
+
+    def last(self, residual: Tensor) -> Tensor:
+        """What leaves the layer at the readout positions: `(row, token, feature)` -> `(row, read, feature)`."""
+        write = self.attend(residual, {}, only_reads=True)
+        return self.finish(self.at_reads(residual), {}, attention=self.at_reads(write))
+
+    def at_reads(self, rows: Tensor) -> Tensor:
+        """Rows at the readout positions: `(row, token, feature)` -> `(row, read, feature)`."""
+        return rows.index_select(1, self.reads.to(rows.device))
+
+    def attend(self, residual: Tensor, weights: Weights, *, only_reads: bool = False) -> Tensor:
+        """What the attention writes, shape `(row, token, feature)`, with some weights replaced.
+
+        Args:
+            residual: Residual stream entering the layer, same shape.
+            weights: Parameters that stand in for the layer's own.
+            only_reads: Work on the queries at the readout positions only; elsewhere the result means nothing.
+        """
+        path = self.family.attn
+        blocks = self.read_blocks if only_reads else self.blocks
+        return self.watch(residual, weights, path, stop=True, blocks=blocks)[path][1]
+
+    def finish(
+        self, residual: Tensor, weights: Weights, *, attention: Tensor, mlp: Tensor | None = None, watch: str = ""
+    ) -> Tensor:
+        """The rest of the layer once its attention has written.
+
+        Args:
+            residual: Residual stream entering the layer, shape `(row, token, feature)`, at any tokens.
+            weights: Parameters that stand in for the layer's own; those of stubbed modules have no effect.
+            attention: What the attention writes, same shape.
+            mlp: What the MLP writes; None: let it work.
+            watch: A module whose input is wanted instead of what leaves the layer.
+        """
+        stubs: dict[str, nn.Module] = {self.family.attn: _Given(attention, n_outputs=self.n_outputs)}
+        if mlp is not None:
+            stubs |= dict.fromkeys(self.family.mlp[:-1], nn.Identity())
+            stubs[self.family.mlp[-1]] = _Given(mlp, n_outputs=0)
+        kept = {name: tensor for name, tensor in weights.items() if not name.startswith(tuple(f"{p}." for p in stubs))}
+        with _standing_in(self.layer, stubs):
+            if watch:
+                return self.watch(residual, kept, watch, stop=True)[watch][0]
+            return self._run(residual, kept)
+
+    def watch(
+        self, residual: Tensor, weights: Weights, *paths: str, stop: bool = False, blocks: Blocks | None = None
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """Call the layer and note input and output of some of its modules (`""`: the layer's own).
+
+        Args:
+            residual: Residual stream entering the layer, shape `(row, token, feature)`.
+            weights: Parameters that stand in for the layer's own.
+            paths: Modules of the layer.
+            stop: Stop at the last of them.
+            blocks: What queries the attention works on.
+        """
+        seen: dict[str, tuple[Tensor, Tensor]] = {}
+        with ExitStack() as hooks:
+            for path in paths:
+
+                def note(_module: nn.Module, args: Any, kwargs: Any, output: Any, path: str = path) -> None:
+                    entering = args[0] if args else kwargs.get("hidden_states")
+                    seen[path] = (entering, output[0] if isinstance(output, tuple) else output)
+                    if stop and len(seen) == len(paths):
+                        raise Done
+
+                module = self.layer.get_submodule(path)
+                hooks.callback(module.register_forward_hook(note, with_kwargs=True).remove)
+            with suppress(Done):
+                seen[""] = (residual, self._run(residual, weights, blocks))
+        return seen
+
+    def _run(self, residual: Tensor, weights: Weights, blocks: Blocks | None = None) -> Tensor:
+        attention = self.layer.get_submodule(self.family.attn)
+        with ExitStack() as stack:
+            if not isinstance(attention, _Given):
+                stack.enter_context(attending(_config(attention), blocks or self.blocks))
+            if weights:
+                output = functional_call(self.layer, dict(weights), (residual,), self.kwargs)
+            else:
+                output = self.layer(residual, **self.kwargs)
+        leaving: Tensor = output[0] if isinstance(output, tuple) else output
+        return leaving
+
+
+def _config(attention: nn.Module) -> Any:
+    config = getattr(attention, "config", None)
+    if config is None:
+        raise ArchitectureError(f"{type(attention).__name__} keeps no config, so its attention cannot be chosen.")
+    return config
+
+
+class _Given(nn.Module):
+    """A stub that gives a known write."""
+
+    def __init__(self, write: Tensor, *, n_outputs: int) -> None:
+        super().__init__()
+        self.write = write
+        self.n_outputs = n_outputs
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The write in the leading shape of what the module was asked."""
+        asked: Tensor = args[0] if args else kwargs["hidden_states"]
+        write = self.write.reshape(*asked.shape[:-1], self.write.shape[-1])
+        return (write, *[None] * (self.n_outputs - 1)) if self.n_outputs else write
+
+
+@contextmanager
+def _standing_in(layer: nn.Module, stubs: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Put other modules in the place of some, for as long as the block lasts."""
+    found = {path: layer.get_submodule(path) for path in stubs}
+    try:
+        for path, stub in stubs.items():
+            _place(layer, path, stub)
+        yield
+    finally:
+        for path, module in found.items():
+            _place(layer, path, module)
+
+
+def _place(layer: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    layer.get_submodule(parent)._modules[name] = module
+
+
+def record(
+    pair: ModelPair, tokens: Tensor, packing: Packing, last: int, reads: Tensor
+) -> tuple[tuple[LayerCall, ...], Tensor]:
+    """The calls of the base's layers below `last`, and the residual stream that enters layer 0, all for a packed row.
+
+    Args:
+        pair: The two models.
+        tokens: The prompts, right-padded, shape `(prompt, token)`.
+        packing: How they lie in the packed row.
+        last: The anchor's layer.
+        reads: Where the row is read, shape `(read,)`.
+
+    Returns:
+        One call to a layer, and the residual, shape `(1, packed token, feature)`.
+
+    Raises:
+        ArchitectureError: an attention implementation that takes no mask of our making.
+    """
+    family = family_of(pair.base.config)
+    implementation = pair.base.config._attn_implementation
+    if implementation not in ("eager", "sdpa"):
+        raise ArchitectureError(
+            f"the suffix engine works with eager and sdpa attention; this model was loaded with {implementation}. "
+            'Load it with attn_implementation="sdpa", or use engine="swap".'
+        )
+    layers = layers_of(pair.base)
+    n_outputs: dict[int, int] = {}
+    found: dict[int, LayerCall] = {}
+    start: list[Tensor] = []
+    masks: dict[int | None, tuple[Tensor, Blocks, Blocks]] = {}
+
+    def see(number: int, residual: Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+        if number == 0:
+            start.append(packing.fold(residual))
+        if number == last:
+            return
+        named = _by_name(layers[number], residual, args, kwargs)
+        mask = named.pop("attention_mask", None)
+        key = None if mask is None else id(mask)
+        if key not in masks:
+            if mask is None:
+                folded = packing.sees.to(residual.device)[None, None]
+                if implementation == "eager":
+                    hidden = torch.finfo(residual.dtype).min
+                    folded = torch.zeros_like(folded, dtype=residual.dtype).masked_fill(~folded, hidden)
+            else:
+                folded = packing.fold(mask)
+            masks[key] = (folded, blocks_of(folded), blocks_of(folded, reads))
+        folded, blocks, read_blocks = masks[key]
+        found[number] = LayerCall(
+            layer=layers[number],
+            family=family,
+            kwargs={name: packing.fold(value) for name, value in named.items()} | {"attention_mask": folded},
+            blocks=blocks,
+            reads=reads,
+            read_blocks=read_blocks,
+            n_outputs=0,
+        )
+
+    with ExitStack() as hooks:
+        for number in range(last):
+
+            def count(_module: nn.Module, _args: Any, output: Any, number: int = number) -> None:
+                n_outputs[number] = len(output) if isinstance(output, tuple) else 0
+
+            hooks.callback(layers[number].get_submodule(family.attn).register_forward_hook(count).remove)
+        walk(pair.base, tokens, last, see)
+    return tuple(replace(found[number], n_outputs=n_outputs[number]) for number in range(last)), start[0]
+
+
+def _by_name(layer: nn.Module, residual: Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What a layer is called with beside the residual stream, all by name."""
+    signature = inspect.signature(layer.forward)
+    bound = signature.bind(residual, *args, **kwargs).arguments
+    named: dict[str, Any] = {}
+    for place, (name, value) in enumerate(bound.items()):
+        if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
+            named |= value
+        elif place > 0:
+            named[name] = value
+    if "attention_mask" not in signature.parameters:
+        raise ArchitectureError(f'{type(layer).__name__} takes no attention_mask. Use engine="swap".')
+    return named
