@@ -281,7 +281,8 @@ def family_of(config: PreTrainedConfig) -> Family:
     if family is None:
         raise ArchitectureError(
             f"no architecture row for model_type {config.model_type!r}; known: {', '.join(sorted(FAMILIES))}. "
-            "Add a row to FAMILIES in weightpatch/architecture.py: module paths of q, k, v, o, the MLP and the norms."
+            "Add a row to FAMILIES in weightpatch/architecture.py: module paths of q, k, v, o, the MLP and the norms. "
+            'Or let the row of a plain decoder be derived and proven: --architecture auto (architecture="auto").'
         )
     return family
 
@@ -363,10 +364,13 @@ def _owning_paths(architecture: Architecture) -> Iterator[str]:
 
 
 def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
-    """The model of a config without weights (meta device): names and shapes for checks before anything is read."""
+    """The model of a config without weights (meta device): names and shapes for checks before anything is read.
+
+    Raises:
+        ArchitectureError: it is no causal language model.
+    """
     from transformers import AutoModelForCausalLM
 
-    family_of(config)
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     return model

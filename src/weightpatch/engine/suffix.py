@@ -20,8 +20,8 @@ from weightpatch.anchor import Anchor
 from weightpatch.architecture import embedding_weight
 from weightpatch.component import Component, Slice, components, slices
 from weightpatch.engine import Measured
-from weightpatch.engine.calls import LayerCall, record
-from weightpatch.engine.packing import Packing, pack
+from weightpatch.packed.calls import LayerCall, record
+from weightpatch.packed.packing import Packing, pack
 from weightpatch.pair import ModelPair
 from weightpatch.residuals import evaluating, pad, readout_index, walk
 
@@ -105,7 +105,7 @@ class _Run:
         places = packing.paths_at(positions.tolist())
         wanted = sorted({place for row in places for place in row})
         reads, index = torch.tensor(wanted), torch.tensor([[wanted.index(place) for place in row] for row in places])
-        calls, residual = record(pair, tokens, packing, anchor.layer, reads)
+        calls, residual = record(pair.base, tokens, packing, anchor.layer, reads)
         run = cls(
             pair=pair,
             anchor=anchor,

@@ -1,4 +1,4 @@
-"""Single layers of the base, called by hand on packed rows: whole, only their attention, or all but their attention.
+"""Single layers of a model, called by hand on packed rows: whole, only their attention, or all but their attention.
 
 Layers run as transformers wrote them. Where a sublayer's write is known, a stub that gives it stands in the module's
 place for one call, so that norms, multipliers, parallel branches and residual additions stay the layer's own.
@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from transformers import PreTrainedModel
 
 from weightpatch.architecture import Family, family_of, layers_of
-from weightpatch.engine.blocks import Blocks, attending, blocks_of
-from weightpatch.engine.packing import Packing
 from weightpatch.errors import ArchitectureError
-from weightpatch.pair import ModelPair
+from weightpatch.packed.blocks import Blocks, attending, blocks_of
+from weightpatch.packed.packing import Packing
 from weightpatch.residuals import walk
 
 Weights = Mapping[str, Tensor]
@@ -33,7 +33,7 @@ class Done(Exception):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LayerCall:
-    """A layer of the base with everything it is called with beside the residual stream, for packed rows.
+    """A layer with everything it is called with beside the residual stream, for packed rows.
 
     Attributes:
         layer: The module.
@@ -182,12 +182,12 @@ def _place(layer: nn.Module, path: str, module: nn.Module) -> None:
 
 
 def record(
-    pair: ModelPair, tokens: Tensor, packing: Packing, last: int, reads: Tensor
+    model: PreTrainedModel, tokens: Tensor, packing: Packing, last: int, reads: Tensor
 ) -> tuple[tuple[LayerCall, ...], Tensor]:
-    """The calls of the base's layers below `last`, and the residual stream that enters layer 0, all for a packed row.
+    """The calls of a model's layers below `last`, and the residual stream that enters layer 0, all for a packed row.
 
     Args:
-        pair: The two models.
+        model: A model whose family has a row in the architecture table.
         tokens: The prompts, right-padded, shape `(prompt, token)`.
         packing: How they lie in the packed row.
         last: The anchor's layer.
@@ -199,14 +199,14 @@ def record(
     Raises:
         ArchitectureError: an attention implementation that takes no mask of our making.
     """
-    family = family_of(pair.base.config)
-    implementation = pair.base.config._attn_implementation
+    family = family_of(model.config)
+    implementation = model.config._attn_implementation
     if implementation not in ("eager", "sdpa"):
         raise ArchitectureError(
             f"the suffix engine works with eager and sdpa attention; this model was loaded with {implementation}. "
             'Load it with attn_implementation="sdpa", or use engine="swap".'
         )
-    layers = layers_of(pair.base)
+    layers = layers_of(model)
     n_outputs: dict[int, int] = {}
     found: dict[int, LayerCall] = {}
     start: list[Tensor] = []
@@ -247,7 +247,7 @@ def record(
                 n_outputs[number] = len(output) if isinstance(output, tuple) else 0
 
             hooks.callback(layers[number].get_submodule(family.attn).register_forward_hook(count).remove)
-        walk(pair.base, tokens, last, see)
+        walk(model, tokens, last, see)
     return tuple(replace(found[number], n_outputs=n_outputs[number]) for number in range(last)), start[0]
 
 
