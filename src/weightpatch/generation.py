@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from weightpatch.prompts import TokenIds
 from weightpatch.residuals import evaluating
+from weightpatch.streaming import materialized
 
 BATCH_SIZE = 32
 MAX_NEW_TOKENS = 192
@@ -58,7 +59,7 @@ def generate(
     ends = _end_tokens(model, tokenizer)
     order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
     found: dict[int, Generation] = {}
-    with evaluating(model):
+    with materialized(model), evaluating(model):
         for start in range(0, len(order), batch_size):
             places = order[start : start + batch_size]
             width = max(len(prompts[place]) for place in places)

@@ -17,7 +17,7 @@ from weightpatch.engine import Sweep, suffix, swap
 from weightpatch.errors import AnchorError, ComponentError
 from weightpatch.pair import ModelPair, check_prompts
 from weightpatch.prompts import ContrastPrompts, TokenIds
-from weightpatch.residuals import BATCH_TOKENS, read_residuals
+from weightpatch.residuals import BATCH_TOKENS, read_residuals, tokens_per_call
 from weightpatch.statistics import recovery
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ def localize(
     units: str | Sequence[str | Component] = "heads,mlps",
     method: Method = "exact",
     engine: Engine = "suffix",
-    batch_tokens: int = BATCH_TOKENS,
+    batch_tokens: int | None = None,
     on_effect: Callable[[ComponentEffect], None] | None = None,
 ) -> Effects:
     """Patch each component's specialized weights into the base and measure the anchor's readout.
@@ -131,7 +131,8 @@ def localize(
         units: Units (`heads`, `kvs`, `mlps`, ...) and addresses (`L5.N812`), in one string with commas or a sequence.
         method: `exact`: the weights are really in place.
         engine: `suffix` (fast) or `swap` (writes weights and runs the whole model; the oracle).
-        batch_tokens: Most tokens of one forward call. Changes speed and memory, not the numbers beyond rounding.
+        batch_tokens: Most tokens of one forward call; None: as many as suit the model and its device. Changes speed
+            and memory, not the numbers beyond rounding.
         on_effect: Called with each component's effects as they are measured, for progress.
 
     Returns:
@@ -146,6 +147,7 @@ def localize(
         failed = ", ".join(gate.name for gate in anchor.report.gates if not gate.passed)
         warnings.warn(f"the anchor is unstable: it failed {failed}; recoveries on it may mean little", stacklevel=2)
     below, past = plan(pair, anchor, units)
+    batch_tokens = batch_tokens or tokens_per_call(pair.base)
     found: list[Tensor] = []
     for effect in sweep(pair, prompts, anchor, below, method=method, engine=engine, batch_tokens=batch_tokens):
         found.append(effect.per_prompt)
@@ -177,8 +179,8 @@ def plan(
     """
     anchor.check(pair)
     wanted = components(pair.architecture, units)
-    below = tuple(component for component in wanted if _reaches(component, anchor))
-    past = tuple(component for component in wanted if not _reaches(component, anchor))
+    below = tuple(component for component in wanted if reaches(component, anchor))
+    past = tuple(component for component in wanted if not reaches(component, anchor))
     if not below:
         raise AnchorError(
             f"nothing to measure: all {len(wanted)} components of {units} lie at or past the anchor (layer "
@@ -187,7 +189,7 @@ def plan(
     return below, past
 
 
-def _reaches(component: Component, anchor: Anchor) -> bool:
+def reaches(component: Component, anchor: Anchor) -> bool:
     """Whether what a component writes can reach the residual stream that the anchor reads."""
     return component.address == "embed" if component.layer is None else component.layer < anchor.layer
 
@@ -200,7 +202,7 @@ def sweep(
     *,
     method: Method = "exact",
     engine: Engine = "suffix",
-    batch_tokens: int = BATCH_TOKENS,
+    batch_tokens: int | None = None,
     skip: Set[Component] = frozenset(),
 ) -> Iterator[ComponentEffect]:
     """The effects of components below the anchor one after another; what `localize` collects and a run records.
@@ -221,7 +223,8 @@ def sweep(
         raise ComponentError(f"unknown engine {engine!r}. Choose one of {', '.join(ENGINES)}.")
     check_prompts(pair, prompts, positions=anchor.positions, both_sides=anchor.readout == "contrast")
     token_ids = _inputs(pair, prompts, anchor)
-    for measured in ENGINES[engine](pair, token_ids, anchor, below, batch_tokens=batch_tokens, skip=skip):
+    width = batch_tokens or tokens_per_call(pair.base)
+    for measured in ENGINES[engine](pair, token_ids, anchor, below, batch_tokens=width, skip=skip):
         change = measured.readout - measured.base
         yield ComponentEffect(component=measured.component, per_prompt=_contrasted(change, anchor))
 

@@ -7,6 +7,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,8 +29,12 @@ from weightpatch.checkpoint import (
     shapes,
     weight_files,
 )
+from weightpatch.derivation import Rows, adopt_row
 from weightpatch.errors import CheckpointError, PairError, PromptError
 from weightpatch.prompts import ContrastPrompts
+from weightpatch.proof import prove_row
+from weightpatch.sources import Source, open_source
+from weightpatch.streaming import is_streamed, keep, materialized, pieces, streamed, weight
 
 _NOT_COMPUTATION = re.compile(
     r"_?(model_)?name_or_path|_?attn_implementation.*|transformers_version|dtype|torch_dtype|architectures|use_cache"
@@ -51,11 +56,13 @@ _PROBES = (
 class ModelPair:
     """Base and specialized model of one architecture, in one dtype.
 
-    Built from modules already in memory, or by `from_pretrained`. The modules are never changed beyond a call.
+    Built from modules already in memory, or by `from_pretrained`. The modules are never changed beyond a call. A
+    specialized model that is streamed and given as a base is loaded whole, for good.
 
     Attributes:
         base: The model that receives weights.
-        specialized: The model that gives them.
+        specialized: The model that gives them; from `from_pretrained`, one whose weights are read when needed: it runs
+            like any other, but read its weights by `specialized_weight`, or all of them within `materialized`.
         tokenizer: For prompts that are text; None when all prompts are token ids.
         base_name: Where the base came from, for the record.
         specialized_name: Where the specialized model came from.
@@ -63,7 +70,7 @@ class ModelPair:
     Raises:
         PairError: they are no pair, every difference listed; or they hold the same weights.
         CheckpointError: weights that are NaN or infinite.
-        ArchitectureError: no row of the table fits.
+        ArchitectureError: no row of the table fits, or the row does not hold for this model.
     """
 
     base: PreTrainedModel
@@ -73,6 +80,8 @@ class ModelPair:
     specialized_name: str = "specialized"
 
     def __post_init__(self) -> None:
+        if isinstance(self.base, PreTrainedModel):
+            keep(self.base)
         for side, model in (("base", self.base), ("specialized", self.specialized)):
             _check_model(side, model)
         differences = _config_differences(self.base.config, self.specialized.config)
@@ -83,6 +92,7 @@ class ModelPair:
         if differences:
             raise _no_pair(self.base_name, self.specialized_name, differences)
         _check_weights(self)
+        prove_row(self.base)
 
     @classmethod
     def from_pretrained(
@@ -93,12 +103,13 @@ class ModelPair:
         revision: str | None = None,
         specialized_revision: str | None = None,
         dtype: str | torch.dtype = "float32",
+        architecture: Rows = "table",
         device_map: DeviceMap | None = None,
         allow_pickle: bool = False,
         any_adapter_base: bool = False,
         prompts: ContrastPrompts | None = None,
     ) -> ModelPair:
-        """Check that two checkpoints are a pair, then load both in one dtype.
+        """Check that two checkpoints are a pair, then load the base, and the specialized one layer by layer on demand.
 
         Args:
             base: Hub id, folder or GGUF file.
@@ -106,6 +117,7 @@ class ModelPair:
             revision: Of the base on the hub.
             specialized_revision: Of the specialized checkpoint on the hub.
             dtype: Of all weights of both; a name or a torch dtype.
+            architecture: `"auto"` derives a row, and proves it, where the table knows none for the model's family.
             device_map: As in transformers.
             allow_pickle: Read pickled weights too.
             any_adapter_base: Apply an adapter although it names another base than the one given.
@@ -120,17 +132,21 @@ class ModelPair:
             specialized,
             revision=revision,
             specialized_revision=specialized_revision,
+            architecture=architecture,
             allow_pickle=allow_pickle,
             any_adapter_base=any_adapter_base,
             prompts=prompts,
         )
         as_dtype = read_dtype(dtype)
+        source = open_source(  # it may need a whole model's memory for a while, so it comes first
+            checked.specialized, base=checked.base, dtype=as_dtype, device_map=device_map, allow_pickle=allow_pickle
+        )
         model = load(checked.base, dtype=as_dtype, device_map=device_map, allow_pickle=allow_pickle)
+        if differences := _source_differences(model, source):
+            raise _no_pair(str(base), str(specialized), differences)
         return cls(
             base=model,
-            specialized=load(
-                checked.specialized, dtype=as_dtype, device_map=device_map, allow_pickle=allow_pickle, base=model
-            ),
+            specialized=streamed(model, source),
             tokenizer=checked.tokenizer,
             base_name=str(base),
             specialized_name=str(specialized),
@@ -142,8 +158,18 @@ class ModelPair:
         return Architecture.of(self.base)
 
     def specialized_weight(self, name: str) -> Tensor:
-        """One parameter of the specialized checkpoint, by its full name; the engines read weights no other way."""
-        return self.specialized.get_parameter(name).detach()
+        """One parameter of the specialized checkpoint, by its full name; the engines read weights no other way.
+
+        On the device of the base's parameter of that name. Of a streamed model, those of the layer asked for last are
+        kept in memory. Not to be written.
+        """
+        return weight(self.specialized, name)
+
+    @contextmanager
+    def materialized(self) -> Iterator[PreTrainedModel]:
+        """The specialized model with all its weights in memory as long as the block lasts: for generation."""
+        with materialized(self.specialized):
+            yield self.specialized
 
     def digests(self) -> dict[str, str]:
         """SHA-256 over names and bytes of all weights, for `base` and `specialized`."""
@@ -172,6 +198,7 @@ def check_pair(
     *,
     revision: str | None = None,
     specialized_revision: str | None = None,
+    architecture: Rows = "table",
     allow_pickle: bool = False,
     any_adapter_base: bool = False,
     prompts: ContrastPrompts | None = None,
@@ -188,6 +215,9 @@ def check_pair(
     for checkpoint in (left, right):
         weight_files(checkpoint, allow_pickle=allow_pickle)
     config = read_config(left)
+    if architecture == "auto":
+        adopt_row(config)
+    family_of(config)
     if right.kind == "adapter":
         names = {left.reference, str(left.path), str(getattr(config, "_name_or_path", ""))}
         differences = [] if any_adapter_base else _adapter_base_differences(right, names)
@@ -210,10 +240,12 @@ def check_pair(
 
 
 def _check_model(side: str, model: object) -> None:
-    """Raise unless it is a model of a known family whose weights are all in memory."""
+    """Raise unless it is a model of a known family whose weights are all in memory, or streamed."""
     if not isinstance(model, PreTrainedModel):
         raise PairError(f"the {side} is a {type(model).__name__}; give a transformers model with its head.")
     family_of(model.config)
+    if is_streamed(model):
+        return
     if elsewhere := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
         raise CheckpointError(
             f"{len(elsewhere)} parameters of the {side} are not in memory ({elsewhere[0]}, ...): it was offloaded. "
@@ -265,6 +297,12 @@ def _shape_differences(left: dict[str, tuple[int, ...]], right: dict[str, tuple[
             more = f" and {len(names) - 4} more" if len(names) > 4 else ""
             lines.append(f"parameters missing in the {side}: {', '.join(names[:4])}{more}")
     return lines if len(lines) <= 12 else [*lines[:12], f"{len(lines) - 12} more shapes"]
+
+
+def _source_differences(base: PreTrainedModel, source: Source) -> list[str]:
+    """What differs only now that the specialized weights were looked at."""
+    differences = _config_differences(base.config, source.config) if source.config else []
+    return differences + _shape_differences(_shapes(base), dict(source.shapes))
 
 
 def _adapter_base_differences(adapter: Checkpoint, known_as: set[str]) -> list[str]:
@@ -320,20 +358,16 @@ def _tokenizer_differences(
     return []
 
 
-def _parameters(pair: ModelPair) -> Iterator[tuple[str, Tensor, Tensor]]:
-    for name, parameter in pair.base.named_parameters():
-        yield name, parameter.detach(), pair.specialized_weight(name)
-
-
 def _check_weights(pair: ModelPair) -> None:
-    """Raise for values that are no numbers, or when nothing differs."""
+    """Raise for values that are no numbers, or when nothing differs; in one pass, piece by piece."""
     broken, same = [], True
-    for name, ours, theirs in _parameters(pair):
-        for side, tensor in (("base", ours), ("specialized", theirs)):
-            if not bool(torch.isfinite(tensor).all()):
-                count = int((~torch.isfinite(tensor)).sum())
-                broken.append(f"{name} of the {side}: {count} of {tensor.numel()} values")
-        same = same and torch.equal(ours, theirs.to(ours.device))
+    for name, parameter in pair.base.named_parameters():
+        counts = {"base": 0, "specialized": 0}
+        for ours, theirs in zip(pieces(pair.base, name), pieces(pair.specialized, name), strict=True):
+            for side, piece in (("base", ours), ("specialized", theirs)):
+                counts[side] += piece.numel() - int(torch.isfinite(piece).sum())
+            same = same and torch.equal(ours, theirs.to(ours.device))
+        broken += [f"{name} of the {side}: {n} of {parameter.numel()} values" for side, n in counts.items() if n]
     if broken:
         listed = "\n".join(f"  - {line}" for line in broken[:12])
         raise CheckpointError(f"weights that are NaN or infinite:\n{listed}\nGet an intact checkpoint.")
@@ -349,7 +383,8 @@ def _digest(model: PreTrainedModel) -> str:
     for name, parameter in model.named_parameters():
         digest.update(name.encode())
         digest.update(str(parameter.dtype).encode())
-        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        for piece in pieces(model, name):
+            digest.update(piece.cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from weightpatch.component import Component, components, slices
 from weightpatch.errors import ComponentError
 from weightpatch.pair import ModelPair
+from weightpatch.streaming import materialized
 
 Recipient = Literal["base", "specialized"]
 
@@ -26,7 +27,8 @@ def patched(
     Args:
         pair: The two models.
         patch: Components, addresses or units, in one string with commas or as a sequence; of any layers.
-        recipient: `"base"` receives specialized weights (sufficiency), `"specialized"` receives base ones (necessity).
+        recipient: `"base"` receives specialized weights (sufficiency), `"specialized"` receives base ones (necessity);
+            if it is streamed, all its weights are in memory as long as the block lasts.
 
     Yields:
         The recipient itself, usable for logits and generation while the block lasts.
@@ -39,18 +41,20 @@ def patched(
     named = patch if isinstance(patch, str) else list(patch)
     members = components(pair.architecture, named) if named else ()
     owned = [piece for member in members for piece in slices(pair.architecture, member)]
+    owned.sort(key=lambda piece: piece.parameter)  # so that a streamed layer is read once
     receiving = pair.base if recipient == "base" else pair.specialized
     giving = pair.specialized_weight if recipient == "base" else pair.base.get_parameter
-    parameters = dict(receiving.named_parameters())
     saved: list[tuple[Tensor, Tensor]] = []
-    try:
-        with torch.no_grad():
-            for piece in owned:
-                target = piece.of(parameters[piece.parameter].data)
-                saved.append((target, target.clone()))
-                target.copy_(piece.of(giving(piece.parameter).detach()))
-        yield receiving
-    finally:
-        with torch.no_grad():
-            for target, original in reversed(saved):
-                target.copy_(original)
+    with materialized(receiving):
+        parameters = dict(receiving.named_parameters())
+        try:
+            with torch.no_grad():
+                for piece in owned:
+                    target = piece.of(parameters[piece.parameter].data)
+                    saved.append((target, target.clone()))
+                    target.copy_(piece.of(giving(piece.parameter).detach()))
+            yield receiving
+        finally:
+            with torch.no_grad():
+                for target, original in reversed(saved):
+                    target.copy_(original)

@@ -11,11 +11,35 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
-from weightpatch.architecture import embedding_weight, layers_of
+from weightpatch.architecture import Architecture, embedding_weight, layers_of
 from weightpatch.errors import AnchorError
 
 BATCH_TOKENS = 2048
-"""Tokens, with padding, that one forward call works on, unless told otherwise."""
+"""Tokens, with padding, that one forward pass of a whole model works on, unless told otherwise."""
+
+_CPU_BYTES = 64 * 2**20
+"""What a call's activations may take on a CPU. From a few MiB on, more gains nothing there (docs/speed.md)."""
+
+_DEVICE_SHARE = 0.125
+"""The share of an accelerator's memory that they may take."""
+
+
+def tokens_per_call(model: PreTrainedModel) -> int:
+    """How many tokens one call of a layer should work on: as many as memory is meant for, the same on every call.
+
+    Depends on the model's widths and dtype and on the device, never on what else the machine does, so that a sweep
+    that is continued makes the very same calls.
+    """
+    architecture = Architecture.of(model)
+    width = 6 * architecture.n_features + 3 * architecture.n_neurons
+    device = model.device
+    if device.type == "cuda":
+        budget = torch.cuda.get_device_properties(device).total_memory * _DEVICE_SHARE
+    elif device.type == "mps":
+        budget = torch.mps.recommended_max_memory() * _DEVICE_SHARE
+    else:
+        budget = _CPU_BYTES
+    return max(256, int(budget) // (width * model.dtype.itemsize))
 
 
 def batches(token_ids: Sequence[Sequence[int]], batch_tokens: int) -> list[list[int]]:

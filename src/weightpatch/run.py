@@ -27,10 +27,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from weightpatch.anchor import Anchor, Readout
 from weightpatch.behaviour import MAX_NEW_TOKENS
 from weightpatch.component import Component
+from weightpatch.derivation import Rows
 from weightpatch.errors import RunError
 from weightpatch.localization import Effects, Engine, Method
 from weightpatch.prompts import ContrastPrompts
-from weightpatch.residuals import BATCH_TOKENS
 from weightpatch.streams import Estimator
 
 FORMAT = "weightpatch.run/1"
@@ -42,7 +42,8 @@ class RunConfig(BaseModel):
 
     With `response_tokens`, prompts are read along the beginning of the base's plain answer, and anchors at all of its
     tokens unless `positions` says otherwise. `gates="auto"` is `behaviour` for tasks whose every prompt is text and
-    names a known checker, else `readout`.
+    names a known checker, else `readout`. Without `batch_tokens` a run takes as many as suit the model and the device
+    that it was begun on.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -53,6 +54,7 @@ class RunConfig(BaseModel):
     revision: str | None = None
     specialized_revision: str | None = None
     dtype: str = "float32"
+    architecture: Rows = "table"
     units: str = "heads,kvs,mlps"
     layer: int | None = None
     positions: tuple[int, ...] = (-1,)
@@ -64,7 +66,7 @@ class RunConfig(BaseModel):
     method: Method = "exact"
     engine: Engine = "suffix"
     n_queries: int = 24
-    batch_tokens: int = BATCH_TOKENS
+    batch_tokens: int | None = None
     seed: int = 0
 
     @property
@@ -111,6 +113,11 @@ class Run:
     def tasks(self) -> tuple[str, ...]:
         """Names of the tasks, in the order of the prompts."""
         return tuple(self.manifest["tasks"])
+
+    @property
+    def batch_tokens(self) -> int:
+        """Most tokens of one forward call, as resolved when the run was begun."""
+        return int(self.manifest["batch_tokens"])
 
     @property
     def has_results(self) -> bool:

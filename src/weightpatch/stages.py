@@ -23,6 +23,7 @@ from weightpatch.fitting import Gates, fit_anchor, halves
 from weightpatch.localization import plan, reference, sweep
 from weightpatch.pair import ModelPair, check_prompts
 from weightpatch.prompts import BUILT_IN, ContrastPrompts
+from weightpatch.residuals import tokens_per_call
 from weightpatch.responses import with_responses
 from weightpatch.run import FORMAT, Progress, Run, RunConfig, check_folder, read_effects, refusal, write_whole
 from weightpatch.statistics import check_gap
@@ -60,6 +61,7 @@ def start(config: RunConfig, pair: ModelPair, prompts: ContrastPrompts, out: str
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "config": config.model_dump(mode="json"),
         "digests": digests,
+        "batch_tokens": config.batch_tokens or tokens_per_call(pair.base),
         "tasks": list(prompts.tasks),
         "architecture": {
             "model_type": architecture.model_type,
@@ -139,7 +141,7 @@ def fit_anchors(run: Run, pair: ModelPair) -> Iterator[Progress]:
             readout=config.readout,
             gates=gates,
             answering=_answering(run, pair, task) if gates == "behaviour" else None,
-            batch_tokens=config.batch_tokens,
+            batch_tokens=run.batch_tokens,
         )
         file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_name(file.name + ".partial")
@@ -195,7 +197,7 @@ def measure_effects(run: Run, pair: ModelPair) -> Iterator[Progress]:
         known = set(lines)
         yield Progress(stage="localize", task=task, done=len(known), total=len(below))
         if not (run.folder(task) / "reference.json").is_file():
-            base, specialized = reference(pair, prompts, anchor, batch_tokens=config.batch_tokens)
+            base, specialized = reference(pair, prompts, anchor, batch_tokens=run.batch_tokens)
             found = {
                 "anchor": _file_digest(run.folder(task) / "anchor.safetensors"),
                 "prompts": [row.id for row in prompts],
@@ -219,7 +221,7 @@ def measure_effects(run: Run, pair: ModelPair) -> Iterator[Progress]:
                 below,
                 method=config.method,
                 engine=config.engine,
-                batch_tokens=config.batch_tokens,
+                batch_tokens=run.batch_tokens,
                 skip=skip,
             ):
                 if effect.component in skip:

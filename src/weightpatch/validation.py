@@ -105,7 +105,8 @@ def read_references(
     if pair.tokenizer is None:
         raise PromptError("joint patches are compared on generated responses: give the pair a tokenizer.")
     token_ids = prompts.without_responses().tokenize(pair.tokenizer).with_instruction
-    answers = generate(pair.specialized, pair.tokenizer, token_ids, max_new_tokens=n_response_tokens)
+    with pair.materialized() as model:
+        answers = generate(model, pair.tokenizer, token_ids, max_new_tokens=n_response_tokens)
     responses = tuple(answer.ids for answer in answers)
     base, specialized = (
         readouts(model, pair, prompts, anchor, batch_tokens=batch_tokens) for model in (pair.base, pair.specialized)

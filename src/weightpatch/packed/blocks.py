@@ -23,7 +23,7 @@ from weightpatch.errors import ArchitectureError
 NAME = "weightpatch_blocks"
 """Name of our function in transformers' registry of attention implementations."""
 
-ROWS = 32
+ROWS = 64
 """Queries of a block. More of them share fewer calls but meet more keys in vain."""
 
 
@@ -110,13 +110,23 @@ def _function(implementation: str, module: nn.Module) -> Callable[..., tuple[Ten
 
 
 @contextmanager
-def attending(config: PreTrainedConfig, blocks: Blocks) -> Iterator[None]:
-    """Let the attention modules of this config work block by block, for as long as the `with` block lasts."""
-    implementation = config._attn_implementation
+def attending(config: PreTrainedConfig, implementation: str, blocks: Blocks) -> Iterator[None]:
+    """Let the attention modules of a config work block by block, for as long as the `with` block lasts.
+
+    Blocks are a thread's own; the config is everybody's. So one thread enters this before others do, and leaves last.
+
+    Args:
+        config: The config that the attention modules look at.
+        implementation: The implementation that is called on each block.
+        blocks: The blocks.
+    """
+    found = config._attn_implementation
     token = _current.set((implementation, blocks))
-    config._attn_implementation = NAME
+    if found != NAME:
+        config._attn_implementation = NAME
     try:
         yield
     finally:
-        config._attn_implementation = implementation
+        if found != NAME:
+            config._attn_implementation = found
         _current.reset(token)

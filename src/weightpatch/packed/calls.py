@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -39,6 +40,7 @@ class LayerCall:
         layer: The module.
         family: Its row of the architecture table.
         kwargs: What the model hands to it.
+        implementation: Name of the model's attention implementation.
         blocks: Its attention mask, cut into blocks.
         reads: Where the row is read at the anchor, shape `(read,)`.
         read_blocks: The blocks of these queries alone.
@@ -48,6 +50,7 @@ class LayerCall:
     layer: nn.Module
     family: Family
     kwargs: dict[str, Any]
+    implementation: str
     blocks: Blocks
     reads: Tensor
     read_blocks: Blocks
@@ -132,13 +135,46 @@ class LayerCall:
         attention = self.layer.get_submodule(self.family.attn)
         with ExitStack() as stack:
             if not isinstance(attention, _Given):
-                stack.enter_context(attending(_config(attention), blocks or self.blocks))
+                stack.enter_context(attending(_config(attention), self.implementation, blocks or self.blocks))
             if weights:
                 output = functional_call(self.layer, dict(weights), (residual,), self.kwargs)
             else:
                 output = self.layer(residual, **self.kwargs)
         leaving: Tensor = output[0] if isinstance(output, tuple) else output
         return leaving
+
+
+@contextmanager
+def threads(model: nn.Module) -> Iterator[Executor | None]:
+    """A pool for `rise`, one torch thread to each of its own; None where nothing is gained (accelerators, one thread).
+
+    Two threads with a row each do more than two threads sharing one row: norms, rotations and small products of a
+    layer do not split well.
+    """
+    n_threads = torch.get_num_threads()
+    on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
+    if n_threads == 1 or not on_cpu:
+        yield None
+        return
+    with ThreadPoolExecutor(n_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        yield pool
+
+
+def rise(calls: Sequence[LayerCall], rows: Tensor, pool: Executor | None) -> Tensor:
+    """What leaves the last of some layers; shapes `(row, token, feature)`. The rows are dealt out to the pool."""
+    if pool is None or len(rows) == 1 or not calls:
+        return _rise(calls, rows)
+    attention = calls[0].layer.get_submodule(calls[0].family.attn)
+    with attending(_config(attention), calls[0].implementation, ()):
+        parts = rows.chunk(torch.get_num_threads())
+        return torch.cat(list(pool.map(lambda part: _rise(calls, part), parts)))
+
+
+def _rise(calls: Sequence[LayerCall], rows: Tensor) -> Tensor:
+    with torch.no_grad():  # which each thread has to say for itself
+        for call in calls:
+            rows = call(rows)
+    return rows
 
 
 def _config(attention: nn.Module) -> Any:
@@ -234,6 +270,7 @@ def record(
             layer=layers[number],
             family=family,
             kwargs={name: packing.fold(value) for name, value in named.items()} | {"attention_mask": folded},
+            implementation=implementation,
             blocks=blocks,
             reads=reads,
             read_blocks=read_blocks,

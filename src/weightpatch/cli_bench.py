@@ -1,0 +1,134 @@
+"""The `bench` commands of the command line. Like `cli`, nothing at the top of this file imports torch."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from weightpatch.cli_options import quiet
+from weightpatch.terminal import counting, print_json, print_table, status
+
+if TYPE_CHECKING:
+    from weightpatch.speed import Row, Speed
+
+bench = typer.Typer(help="Measure the program itself.", no_args_is_help=True)
+
+
+@bench.callback()
+def _bench() -> None:
+    """Keeps `bench` a group of commands, however few it has."""
+
+
+@bench.command()
+def speed(
+    base: Annotated[
+        str | None, typer.Argument(metavar="BASE", help="As in `run`; without it, the bundled pair.")
+    ] = None,
+    specialized: Annotated[str | None, typer.Argument(metavar="SPECIALIZED", help="As in `run`.")] = None,
+    prompts: Annotated[
+        str, typer.Option(help="A JSONL file, or the built-in set: instructions, instructions:title.")
+    ] = "instructions",
+    n_prompts: Annotated[int, typer.Option(min=1, help="How many of them, drawn at random.")] = 16,
+    layers: Annotated[
+        str | None, typer.Option(help="Anchor layers, with commas; without it, at 60, 80 and 97 % of the depth.")
+    ] = None,
+    units: Annotated[
+        str, typer.Option(help="Units that are patched (heads, kvs, attns, mlps, neurons, blocks), with commas.")
+    ] = "heads,kvs,attns,mlps",
+    sample: Annotated[
+        int, typer.Option(min=1, help="Components that the loops are timed on; at least one from every layer is taken.")
+    ] = 24,
+    repeats: Annotated[int, typer.Option(min=1, help="How often everything is done; medians are reported.")] = 3,
+    seed: Annotated[int, typer.Option(help="Of the prompts drawn and the components sampled.")] = 0,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads that torch computes with.")] = None,
+    engines: Annotated[
+        str | None,
+        typer.Option(
+            help="Some of loop, nnsight, transformer-lens, pyvene, swap, suffix, with commas; all without it."
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of text.")] = False,
+) -> None:
+    """The same exact sweep by a plain loop, by other tools (extra `bench`) and by our engines, side by side."""
+    if base is not None and specialized is None:
+        raise typer.BadParameter("name the specialized model too, or neither for the bundled pair.")
+    anchor_layers = _numbers(layers) if layers else ()
+    quiet()
+    import torch
+
+    from weightpatch.checkpoint import BUNDLED
+    from weightpatch.pair import ModelPair
+    from weightpatch.prompts import ContrastPrompts
+    from weightpatch.speed import SpeedSettings, measure_speed
+    from weightpatch.speed.contestants import CONTESTANTS, check_names
+
+    settings = SpeedSettings(
+        layers=anchor_layers,
+        units=units,
+        engines=check_names(name.strip() for name in engines.split(",")) if engines else CONTESTANTS,
+        n_prompts=n_prompts,
+        sample=sample,
+        repeats=repeats,
+        seed=seed,
+    )
+    if threads:
+        torch.set_num_threads(threads)
+    names = (base, specialized) if base is not None and specialized is not None else BUNDLED
+    with status(f"reading {names[0]} and {names[1]}"):
+        loaded = ContrastPrompts.load(prompts, seed=seed)
+        pair = ModelPair.from_pretrained(*names, prompts=loaded)
+    with counting("turns", 100) as update:
+        found = measure_speed(pair, loaded, settings, on_turn=lambda done, total: update(round(100 * done / total)))
+    _print_speed(found, as_json=as_json)
+
+
+def _numbers(layers: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(layer) for layer in layers.split(","))
+    except ValueError as error:
+        raise typer.BadParameter(f"cannot read the layers {layers!r}. Write numbers with commas: 18,24,29.") from error
+
+
+def _print_speed(found: Speed, *, as_json: bool) -> None:
+    """Print what was measured: a JSON object, or a table with the machine under it."""
+    if as_json:
+        rows = [asdict(row) for row in found.rows]
+        print_json({"rows": rows, "machine": asdict(found.machine), "notes": list(found.notes)})
+        return
+    head = ("engine", "anchor layer", "seconds", "low to high", "ratio", "of the ideal", "MiB", "patched", "difference")
+    print_table(head, [_cells(row) for row in found.rows])
+    machine = found.machine
+    print(
+        f"\n{machine.n_prompts} prompts of {machine.n_tokens_tree} tokens (shared starts counted once; "
+        f"{machine.n_tokens_padded} when padded), {machine.threads} threads on {machine.device}, {machine.dtype}, "
+        f"{machine.matrix_product_rate_gflops:.0f} gigaflops in matrix products, load "
+        f"{_number(machine.load_before, '.2f')} before and {_number(machine.load_after, '.2f')} after"
+    )
+    print(", ".join(f"{package} {version}" for package, version in machine.versions.items()))
+    for row in found.rows:
+        if row.note:
+            print(f"{row.engine} at layer {row.anchor_layer} was not timed: {row.note}")
+    for note in found.notes:
+        print(note)
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    """A row of the table."""
+    spread = f"{row.seconds_low:.1f} to {row.seconds_high:.1f}" if row.seconds_low and row.seconds_high else "-"
+    return (
+        row.engine,
+        str(row.anchor_layer),
+        _number(row.seconds, ".1f"),
+        spread,
+        _number(row.ratio, ".1f"),
+        _number(row.share_of_ideal, ".1%"),
+        _number(row.peak_memory, ".0f"),
+        f"{row.n_measured}/{row.n_components}",
+        _number(row.max_difference, ".0e"),
+    )
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
