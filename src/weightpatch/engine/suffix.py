@@ -10,7 +10,6 @@ starts they share, and the last layer below the anchor works at the readout posi
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence, Set
-from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from itertools import groupby
 
@@ -21,7 +20,7 @@ from weightpatch.anchor import Anchor
 from weightpatch.architecture import embedding_weight
 from weightpatch.component import Component, Slice, components, slices
 from weightpatch.engine import Measured
-from weightpatch.packed.calls import LayerCall, record, rise, threads
+from weightpatch.packed.calls import LayerCall, record
 from weightpatch.packed.packing import Packing, pack
 from weightpatch.pair import ModelPair
 from weightpatch.residuals import evaluating, pad, readout_index, walk
@@ -40,23 +39,9 @@ def sweep(
     skip: Set[Component],
 ) -> Iterator[Measured]:
     """Measure through the suffix of the model; see `engine.Sweep`."""
-    with threads(pair.base) as pool:
-        yield from _sweep(pair, token_ids, anchor, components, batch_tokens=batch_tokens, skip=skip, pool=pool)
-
-
-def _sweep(
-    pair: ModelPair,
-    token_ids: Sequence[Sequence[int]],
-    anchor: Anchor,
-    components: Sequence[Component],
-    *,
-    batch_tokens: int,
-    skip: Set[Component],
-    pool: Executor | None,
-) -> Iterator[Measured]:
     with evaluating(pair.base):
         runs = [
-            _Run.start(pair, packing, [token_ids[prompt] for prompt in packing.prompts], anchor, pool)
+            _Run.start(pair, packing, [token_ids[prompt] for prompt in packing.prompts], anchor)
             for packing in pack(token_ids, most_tokens=batch_tokens)
         ]
     base = _gather([run.base for run in runs], runs)
@@ -97,7 +82,6 @@ class _Run:
         reads: Places of the row that are read, shape `(read,)`.
         index: For each prompt, its readout positions among `reads`, shape `(prompt, position)`.
         residual: Base residual stream entering `layer`, shape `(1, token, feature)`.
-        pool: Threads that rows are dealt out to.
         base: Readout of the base, shape `(prompt,)`.
         layer: The layer that the residual enters.
     """
@@ -110,7 +94,6 @@ class _Run:
     reads: Tensor
     index: Tensor
     residual: Tensor
-    pool: Executor | None
     base: Tensor = field(init=False)
     layer: int = 0
     _writes: _Writes | None = field(default=None)
@@ -122,7 +105,6 @@ class _Run:
         packing: Packing,
         token_ids: Sequence[Sequence[int]],
         anchor: Anchor,
-        pool: Executor | None,
     ) -> _Run:
         tokens = pad(token_ids, embedding_weight(pair.base).device)
         positions = readout_index(token_ids, anchor.positions)
@@ -139,7 +121,6 @@ class _Run:
             reads=reads,
             index=index,
             residual=residual,
-            pool=pool,
         )
         run.base = run._read(run._rise(residual, 0), 1)[0]
         return run
@@ -163,8 +144,9 @@ class _Run:
         """What reaches the anchor of rows that enter layer `above`: `(row, read, feature)`."""
         if above == self.anchor.layer:  # the layer below it, if there is one, gave the readout positions only
             return rows if above else rows[:, self.reads.to(rows.device)]
-        last = self.anchor.layer - 1
-        return self.calls[last].last(rise(self.calls[above:last], rows, self.pool))
+        for call in self.calls[above : self.anchor.layer - 1]:
+            rows = call(rows)
+        return self.calls[self.anchor.layer - 1].last(rows)
 
     def _read(self, rows: Tensor, n_components: int) -> Tensor:
         read = rows.detach().cpu()[:, self.index].flatten(0, 1)

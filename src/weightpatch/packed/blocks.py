@@ -113,20 +113,15 @@ def _function(implementation: str, module: nn.Module) -> Callable[..., tuple[Ten
 def attending(config: PreTrainedConfig, implementation: str, blocks: Blocks) -> Iterator[None]:
     """Let the attention modules of a config work block by block, for as long as the `with` block lasts.
 
-    Blocks are a thread's own; the config is everybody's. So one thread enters this before others do, and leaves last.
-
     Args:
         config: The config that the attention modules look at.
         implementation: The implementation that is called on each block.
         blocks: The blocks.
     """
-    found = config._attn_implementation
     token = _current.set((implementation, blocks))
-    if found != NAME:
-        config._attn_implementation = NAME
+    config._attn_implementation = NAME
     try:
         yield
     finally:
-        if found != NAME:
-            config._attn_implementation = found
+        config._attn_implementation = implementation
         _current.reset(token)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -144,39 +143,6 @@ class LayerCall:
         return leaving
 
 
-@contextmanager
-def threads(model: nn.Module) -> Iterator[Executor | None]:
-    """A pool for `rise`, one torch thread to each of its own; None where nothing is gained (accelerators, one thread).
-
-    Two threads with a row each do more than two threads sharing one row: norms, rotations and small products of a
-    layer do not split well.
-    """
-    n_threads = torch.get_num_threads()
-    on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
-    if n_threads == 1 or not on_cpu:
-        yield None
-        return
-    with ThreadPoolExecutor(n_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        yield pool
-
-
-def rise(calls: Sequence[LayerCall], rows: Tensor, pool: Executor | None) -> Tensor:
-    """What leaves the last of some layers; shapes `(row, token, feature)`. The rows are dealt out to the pool."""
-    if pool is None or len(rows) == 1 or not calls:
-        return _rise(calls, rows)
-    attention = calls[0].layer.get_submodule(calls[0].family.attn)
-    with attending(_config(attention), calls[0].implementation, ()):
-        parts = rows.chunk(torch.get_num_threads())
-        return torch.cat(list(pool.map(lambda part: _rise(calls, part), parts)))
-
-
-def _rise(calls: Sequence[LayerCall], rows: Tensor) -> Tensor:
-    with torch.no_grad():  # which each thread has to say for itself
-        for call in calls:
-            rows = call(rows)
-    return rows
-
-
 def _config(attention: nn.Module) -> Any:
     config = getattr(attention, "config", None)
     if config is None:
@@ -222,6 +188,9 @@ def record(
 ) -> tuple[tuple[LayerCall, ...], Tensor]:
     """The calls of a model's layers below `last`, and the residual stream that enters layer 0, all for a packed row.
 
+    What a layer is handed beside the residual stream depends on positions alone in the families of the table, so it is
+    recorded on the longest prompt only; `proof` would find a model where it does not.
+
     Args:
         model: A model whose family has a row in the architecture table.
         tokens: The prompts, right-padded, shape `(prompt, token)`.
@@ -249,8 +218,6 @@ def record(
     masks: dict[int | None, tuple[Tensor, Blocks, Blocks]] = {}
 
     def see(number: int, residual: Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
-        if number == 0:
-            start.append(packing.fold(residual))
         if number == last:
             return
         named = _by_name(layers[number], residual, args, kwargs)
@@ -284,7 +251,9 @@ def record(
                 n_outputs[number] = len(output) if isinstance(output, tuple) else 0
 
             hooks.callback(layers[number].get_submodule(family.attn).register_forward_hook(count).remove)
-        walk(model, tokens, last, see)
+        longest = max(range(len(packing.paths)), key=lambda place: len(packing.paths[place]))
+        walk(model, tokens[longest : longest + 1], last, see)
+    walk(model, tokens, 0, lambda _number, residual, _args, _kwargs: start.append(packing.fold(residual)))
     return tuple(replace(found[number], n_outputs=n_outputs[number]) for number in range(last)), start[0]
 
 
