@@ -17,8 +17,8 @@ from weightpatch.errors import AnchorError
 BATCH_TOKENS = 2048
 """Tokens, with padding, that one forward pass of a whole model works on, unless told otherwise."""
 
-_CPU_BYTES = 64 * 2**20
-"""What a call's activations may take on a CPU. From a few MiB on, more gains nothing there (docs/speed.md)."""
+_CPU_BYTES = 32 * 2**20
+"""What a call's activations may take on a CPU. More gains nothing there and costs page faults (docs/speed.md)."""
 
 _DEVICE_SHARE = 0.125
 """The share of an accelerator's memory that they may take."""
