@@ -87,6 +87,19 @@ def test_rows_of_unknown_plain_decoders_are_derived_and_proven(model_type: str) 
     assert Architecture.of(model).n_neurons_of(1) == 20
 
 
+def test_a_norm_is_never_given_to_the_wrong_side() -> None:
+    """GLM 4 declares the norms before both sublayers first, then those behind them."""
+    adopt_row(AutoConfig.for_model("glm4", **SMALL))
+    assert FAMILIES["glm4"].norm_attn == ("input_layernorm", "post_self_attn_layernorm")
+    assert FAMILIES["glm4"].norm_mlp == ("post_attention_layernorm", "post_mlp_layernorm")
+    model = build_model("gemma2", seed=1)
+    swapped = ("pre_feedforward_layernorm", "post_attention_layernorm")
+    FAMILIES["gemma2"] = replace(FAMILIES["gemma2"], norm_attn=("input_layernorm", swapped[0]), norm_mlp=swapped[1:])
+    FAMILIES["gemma2"] = replace(FAMILIES["gemma2"], norm_mlp=(swapped[1], "post_feedforward_layernorm"))
+    with pytest.raises(ArchitectureError, match="pre_feedforward_layernorm is a norm of the attention"):
+        prove_row(model)
+
+
 @pytest.mark.parametrize("model_type", ["mamba", "falcon", "gpt_oss", "bloom"])
 def test_what_is_no_plain_decoder_is_refused(model_type: str) -> None:
     config = AutoConfig.for_model(model_type, **SMALL)

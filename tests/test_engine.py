@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from conftest import SHAPES, build_pair, some_of_every_unit
+from conftest import SHAPES, build_model, build_pair, some_of_every_unit
 from weightpatch import Anchor, ContrastPrompts, ModelPair, fit_anchor, localize, patched
 from weightpatch.component import LEVELS, UNITS, Component, partition
 from weightpatch.engine import swap
@@ -141,8 +141,9 @@ def test_hooks_on_whole_layers_act_in_both_engines(token_prompts: ContrastPrompt
 
 
 def test_attention_that_takes_no_mask_of_ours_is_refused(token_prompts: ContrastPrompts) -> None:
-    pair = build_pair("llama-gqa")
-    pair.base.config._attn_implementation = "flash_attention_2"
+    models = [build_model("llama-gqa", seed=seed) for seed in (1, 2)]
+    models[0].config._attn_implementation = "flash_attention_2"
+    pair = ModelPair(base=models[0], specialized=models[1])
     with pytest.raises(ArchitectureError, match=r"eager and sdpa.*loaded with flash_attention_2.*engine=\"swap\""):
         localize(pair, token_prompts, make_anchor(2), units="heads")
 

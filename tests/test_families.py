@@ -22,8 +22,8 @@ CASES = [
 ]
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 ANCHOR = Anchor(layer=2, direction=torch.randn(24, generator=torch.Generator().manual_seed(9)), positions=(-1, 1))
-PROMPTS = [[7, 3, 55, 20, 41, 8, 19], [7, 3, 55, 2, 2, 30, 11, 60, 5], [7, 3, 55, 20]]
-"""Ragged, with a start that all share and one that two share; longer than the sliding windows."""
+PROMPTS = [[7, 3, 55, 20, 41, 8, 19], [7, 3, 55, 2, 2, 30, 11, 60, 5], [7, 3, 55, 20], [7, 3, 55, 20]]
+"""Ragged, with a start that all share, one that is the start of another, and twice the same; beyond the windows."""
 
 
 def effects(measured: Iterator[Measured]) -> Tensor:
@@ -31,7 +31,7 @@ def effects(measured: Iterator[Measured]) -> Tensor:
 
 
 def sweep(engine: object, pair: ModelPair, chosen: list[Component]) -> Tensor:
-    return effects(engine.sweep(pair, PROMPTS, ANCHOR, chosen, batch_tokens=40, skip=frozenset()))  # type: ignore[attr-defined]
+    return effects(engine.sweep(pair, PROMPTS, ANCHOR, chosen, batch_tokens=10, skip=frozenset()))  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from weightpatch import Anchor, ContrastPrompts, ModelPair
-from weightpatch.errors import ComponentError, PromptError
+from weightpatch.errors import AnchorError, ComponentError, PromptError
 from weightpatch.localization import plan
 from weightpatch.planning import plan_run
 from weightpatch.run import RunConfig
@@ -19,7 +19,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("weights were read")
 
     monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", refuse)
-    monkeypatch.setattr("safetensors.torch.load_file", refuse)
+    monkeypatch.setattr("weightpatch.sources.FileSource.tensor", refuse)
 
 
 def test_a_plan_is_what_the_run_then_has(request: pytest.FixtureRequest) -> None:
@@ -59,5 +59,9 @@ def test_what_the_run_would_refuse_the_plan_refuses() -> None:
         plan_run(CONFIG.model_copy(update={"units": "haeds"}))
     with pytest.raises(PromptError):
         plan_run(CONFIG.model_copy(update={"prompts": "instructions:titel"}))
+    with pytest.raises(AnchorError, match="at layer 99: this model has 8 layers"):
+        plan_run(CONFIG.model_copy(update={"layer": 99}))
+    with pytest.raises(AnchorError, match="of heads 0 components lie below"):
+        plan_run(CONFIG.model_copy(update={"layer": 0, "units": "heads"}))
     with pytest.raises(ComponentError, match=r"this model has no experts\. Name some of blocks"):
         plan_run(CONFIG.model_copy(update={"units": "experts"}))

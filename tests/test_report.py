@@ -295,6 +295,14 @@ def test_one_task_without_heads_has_neither_summary_nor_map_of_heads(tmp_path: P
     assert not any("head" in title for title in titles)
 
 
+def test_experts_and_their_neurons_are_shown_by_their_names(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", units=("L{}.router", "L{}.E0", "L{}.E1", "L{}.E1.N3"))
+    figure = maps.head_map(run.effects("title").table(), n_layers=N_LAYERS, anchor_layer=ANCHOR_LAYER)
+    assert list(figure.data[0]["y"]) == ["E0", "E1"]
+    text = json.dumps(Page(render(run)).figures)
+    assert all(address in text for address in ("L0.router", "L0.E1", "L0.E1.N3"))
+
+
 def test_a_single_prompt_gives_no_interval_and_valid_json(tmp_path: Path) -> None:
     page = Page(render(make_run(tmp_path / "run", n_prompts=1)))
     assert "no interval" in page.text

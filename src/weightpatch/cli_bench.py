@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from weightpatch.cli_options import quiet
+from weightpatch.cli_options import AsJson, quiet
 from weightpatch.terminal import counting, print_json, print_table, status
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def speed(
             help="Some of loop, nnsight, transformer-lens, pyvene, swap, suffix, with commas; all without it."
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of text.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """The same exact sweep by a plain loop, by other tools (extra `bench`) and by our engines, side by side."""
     if base is not None and specialized is None:

@@ -82,7 +82,7 @@ def validate(run: Run, pair: ModelPair, settings: CurveSettings) -> Iterator[Pro
         answering = None
         if settings.answers and can_judge(pair, prompts):
             answering = Answering(max_new_tokens=settings.max_new_tokens)
-        references = read_references(pair, prompts, effects.anchor, batch_tokens=run.batch_tokens)
+        references = read_references(pair, prompts, effects.anchor, batch_tokens=run.pass_tokens)
         for done, point in enumerate(missing, len(known) + 1):
             measured = measure_patch(
                 pair,
@@ -90,7 +90,7 @@ def validate(run: Run, pair: ModelPair, settings: CurveSettings) -> Iterator[Pro
                 point.patch,
                 recipient=point.recipient,
                 answering=answering,
-                batch_tokens=run.batch_tokens,
+                batch_tokens=run.pass_tokens,
                 seed=run.config.seed,
             )
             record["points"].append(_line(point, measured))

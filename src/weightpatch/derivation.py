@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from weightpatch.architecture import FAMILIES, Family, skeleton
 from weightpatch.errors import ArchitectureError
-from weightpatch.proof import prove_row
+from weightpatch.proof import FOREIGN, prove_row
 
 Rows = Literal["table", "auto"]
 """Where the row of a model's family comes from: the table only, or derived where the table has none."""
@@ -31,10 +31,6 @@ _ROLES = {
     "v": r"v_proj|value|wv|v",
     "o": r"o_proj|out_proj|dense|c_proj|wo|o",
 }
-
-
-_FOREIGN = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, StopIteration)
-"""What a model's own code may raise when it is called in a way that it was not made for."""
 
 
 def adopt_row(config: PreTrainedConfig) -> None:
@@ -49,17 +45,21 @@ def adopt_row(config: PreTrainedConfig) -> None:
     try:
         small = _small(config)
         candidates = list(_candidates(skeleton(config)))
-    except _FOREIGN as error:
+    except FOREIGN as error:
         faults.append(f"a small model of its config cannot be built ({error})")
         candidates = []
     for family in candidates:
         FAMILIES[config.model_type] = family
+        proven = False
         try:
             prove_row(small)
-        except (ArchitectureError, *_FOREIGN) as error:
-            del FAMILIES[config.model_type]
+            proven = True
+        except ArchitectureError as error:
             faults.append(str(error))
-        else:
+        finally:
+            if not proven:
+                del FAMILIES[config.model_type]
+        if proven:
             return
     found = faults[-1] if faults else "its layers have no attention and MLP that look like a plain decoder's"
     raise ArchitectureError(
@@ -103,9 +103,14 @@ def _candidates(model: PreTrainedModel) -> Iterator[Family]:
     if family is None:
         return
     family = replace(family, layers=layers, embed=tuple(embeddings), norm=norms[-1], unembed=paths[head])
-    yield family
-    if family.q == family.k:
-        yield replace(family, interleaved=True)
+    own = (*family.norm_attn, *family.norm_mlp)  # by order of declaration: before and behind each, or both before first
+    orders = [own] if len(own) < 4 else [own, (own[0], own[2], own[1], own[3])]
+    half = len(family.norm_attn)
+    for order in orders:
+        dealt = replace(family, norm_attn=order[:half], norm_mlp=order[half:])
+        yield dealt
+        if family.q == family.k:
+            yield replace(dealt, interleaved=True)
 
 
 def _of_layer(layer: nn.Module, n_features: int) -> Family | None:

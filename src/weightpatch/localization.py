@@ -147,13 +147,12 @@ def localize(
         failed = ", ".join(gate.name for gate in anchor.report.gates if not gate.passed)
         warnings.warn(f"the anchor is unstable: it failed {failed}; recoveries on it may mean little", stacklevel=2)
     below, past = plan(pair, anchor, units)
-    batch_tokens = batch_tokens or tokens_per_call(pair.base)
     found: list[Tensor] = []
     for effect in sweep(pair, prompts, anchor, below, method=method, engine=engine, batch_tokens=batch_tokens):
         found.append(effect.per_prompt)
         if on_effect:
             on_effect(effect)
-    base, specialized = reference(pair, prompts, anchor, batch_tokens=batch_tokens)
+    base, specialized = reference(pair, prompts, anchor, batch_tokens=batch_tokens or BATCH_TOKENS)
     return Effects(
         components=below,
         per_prompt=torch.stack(found),
@@ -223,7 +222,7 @@ def sweep(
         raise ComponentError(f"unknown engine {engine!r}. Choose one of {', '.join(ENGINES)}.")
     check_prompts(pair, prompts, positions=anchor.positions, both_sides=anchor.readout == "contrast")
     token_ids = _inputs(pair, prompts, anchor)
-    width = batch_tokens or tokens_per_call(pair.base)
+    width = batch_tokens or (tokens_per_call(pair.base) if engine == "suffix" else BATCH_TOKENS)
     for measured in ENGINES[engine](pair, token_ids, anchor, below, batch_tokens=width, skip=skip):
         change = measured.readout - measured.base
         yield ComponentEffect(component=measured.component, per_prompt=_contrasted(change, anchor))

@@ -13,12 +13,12 @@ from weightpatch.anchor import Anchor
 from weightpatch.architecture import Architecture, skeleton
 from weightpatch.checkpoint import read_config, read_dtype
 from weightpatch.component import Component, components
-from weightpatch.errors import ComponentError
+from weightpatch.errors import AnchorError, ComponentError
 from weightpatch.localization import reaches
-from weightpatch.packed.packing import pack
+from weightpatch.packed.packing import MOST_TOKENS, pack
 from weightpatch.pair import check_pair
 from weightpatch.prompts import ContrastPrompts
-from weightpatch.residuals import tokens_per_call
+from weightpatch.residuals import bytes_per_token, tokens_per_call
 from weightpatch.run import RunConfig
 from weightpatch.speed.machine import matrix_product_rate
 from weightpatch.speed.operations import PrefixTree, operations
@@ -101,7 +101,10 @@ class RunPlan:
                 f"starts are packed), {plan.n_layer_calls:,} layer calls = {plan.n_passes:,.0f} forward passes, {time} "
                 f"on {self.device}"
             )
-        lines.append("not counted: fitting the anchors, above all the answers that behaviour gates generate")
+        lines.append(
+            "not counted: fitting the anchors, above all the answers that behaviour gates generate; tokens of "
+            "--response-tokens. Batch and activations are those of a CPU; accelerators take more at once."
+        )
         return "\n".join(lines)
 
 
@@ -114,10 +117,11 @@ def plan_run(config: RunConfig, *, allow_pickle: bool = False, any_adapter_base:
         any_adapter_base: As in `ModelPair.from_pretrained`.
 
     Raises:
+        AnchorError: a layer that the model does not have, or nothing below it.
         PairError: the checkpoints are no pair.
         CheckpointError: one of them cannot be read.
         ComponentError: an unknown unit or address.
-        PromptError: prompts that cannot be read.
+        PromptError: prompts that cannot be read, or a task without any in a split.
     """
     prompts = ContrastPrompts.load(config.prompts, seed=config.seed, n_queries=config.n_queries)
     checked = check_pair(
@@ -136,15 +140,22 @@ def plan_run(config: RunConfig, *, allow_pickle: bool = False, any_adapter_base:
     layer = config.layer if config.layer is not None else int(DEEPEST * about.n_layers)
     anchor = Anchor(layer=layer, direction=torch.ones(about.n_features), positions=config.readout_positions)
     below = [component for component in components(about, config.units) if reaches(component, anchor)]
+    if not 0 <= layer <= about.n_layers or not below:
+        raise AnchorError(
+            f"nothing to measure with the anchor at layer {layer}: this model has {about.n_layers} layers, and of "
+            f"{config.units} {len(below)} components lie below it."
+        )
     width = config.batch_tokens or tokens_per_call(model)
     tasks = {}
     rate = 0.0
     for task in prompts.tasks:
-        rows = prompts.of_task(task).split("localize").tokenize(checked.tokenizer)
+        own = prompts.of_task(task)
+        own.split("fit")
+        rows = own.split("localize").tokenize(checked.tokenizer)
         ids = rows.with_instruction + (rows.without_instruction if config.readout == "contrast" else ())
-        n_packed = sum(packing.n_tokens for packing in pack(ids, most_tokens=width))
+        n_packed = sum(packing.n_tokens for packing in pack(ids, most_tokens=min(width, MOST_TOKENS)))
         rate = rate or matrix_product_rate(about, min(n_packed, width), torch.device("cpu"))
-        calls = sum(layer - (-1 if component.layer is None else component.layer) for component in below)
+        calls = sum(layer - (component.layer or 0) for component in below)
         tasks[task] = TaskPlan(
             n_prompts=len(rows.ids),
             n_tokens=sum(map(len, ids)),
@@ -158,7 +169,6 @@ def plan_run(config: RunConfig, *, allow_pickle: bool = False, any_adapter_base:
         for number in range(about.n_layers)
     ]
     n_parameters = sum(prod(shape) for shape in about.parameters.values())
-    per_token = (6 * about.n_features + 3 * about.n_neurons) * dtype.itemsize
     return RunPlan(
         model_type=about.model_type,
         n_layers=about.n_layers,
@@ -168,7 +178,7 @@ def plan_run(config: RunConfig, *, allow_pickle: bool = False, any_adapter_base:
         n_components=dict(Counter(component.unit for component in below)),
         base_bytes=n_parameters * dtype.itemsize,
         layer_bytes=max(sizes) * dtype.itemsize,
-        activation_bytes=max(width, *(plan.n_packed for plan in tasks.values())) * per_token,
+        activation_bytes=max(width, *(plan.n_packed for plan in tasks.values())) * bytes_per_token(model),
         batch_tokens=width,
         device="this CPU",
         tasks=tasks,

@@ -30,8 +30,6 @@ def tokens_per_call(model: PreTrainedModel) -> int:
     Depends on the model's widths and dtype and on the device, never on what else the machine does, so that a sweep
     that is continued makes the very same calls.
     """
-    architecture = Architecture.of(model)
-    width = 6 * architecture.n_features + 3 * architecture.n_neurons
     device = model.device
     if device.type == "cuda":
         budget = torch.cuda.get_device_properties(device).total_memory * _DEVICE_SHARE
@@ -39,7 +37,13 @@ def tokens_per_call(model: PreTrainedModel) -> int:
         budget = torch.mps.recommended_max_memory() * _DEVICE_SHARE
     else:
         budget = _CPU_BYTES
-    return max(256, int(budget) // (width * model.dtype.itemsize))
+    return max(256, int(budget) // bytes_per_token(model))
+
+
+def bytes_per_token(model: PreTrainedModel) -> int:
+    """What a layer's activations take for one token, about: six vectors of the stream's width, three of the MLP's."""
+    architecture = Architecture.of(model)
+    return (6 * architecture.n_features + 3 * architecture.n_neurons) * model.dtype.itemsize
 
 
 def batches(token_ids: Sequence[Sequence[int]], batch_tokens: int) -> list[list[int]]:

@@ -31,6 +31,7 @@ from weightpatch.derivation import Rows
 from weightpatch.errors import RunError
 from weightpatch.localization import Effects, Engine, Method
 from weightpatch.prompts import ContrastPrompts
+from weightpatch.residuals import BATCH_TOKENS
 from weightpatch.streams import Estimator
 
 FORMAT = "weightpatch.run/1"
@@ -116,8 +117,13 @@ class Run:
 
     @property
     def batch_tokens(self) -> int:
-        """Most tokens of one forward call, as resolved when the run was begun."""
-        return int(self.manifest["batch_tokens"])
+        """Most tokens of one call of a sweep, as resolved when the run was begun."""
+        return int(self.manifest.get("batch_tokens") or self.config.batch_tokens or BATCH_TOKENS)
+
+    @property
+    def pass_tokens(self) -> int:
+        """Most tokens of one forward pass of a whole model, which has logits to hold too."""
+        return self.config.batch_tokens or BATCH_TOKENS
 
     @property
     def has_results(self) -> bool:

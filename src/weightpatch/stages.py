@@ -141,7 +141,7 @@ def fit_anchors(run: Run, pair: ModelPair) -> Iterator[Progress]:
             readout=config.readout,
             gates=gates,
             answering=_answering(run, pair, task) if gates == "behaviour" else None,
-            batch_tokens=run.batch_tokens,
+            batch_tokens=run.pass_tokens,
         )
         file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_name(file.name + ".partial")
@@ -197,7 +197,7 @@ def measure_effects(run: Run, pair: ModelPair) -> Iterator[Progress]:
         known = set(lines)
         yield Progress(stage="localize", task=task, done=len(known), total=len(below))
         if not (run.folder(task) / "reference.json").is_file():
-            base, specialized = reference(pair, prompts, anchor, batch_tokens=run.batch_tokens)
+            base, specialized = reference(pair, prompts, anchor, batch_tokens=run.pass_tokens)
             found = {
                 "anchor": _file_digest(run.folder(task) / "anchor.safetensors"),
                 "prompts": [row.id for row in prompts],
@@ -221,7 +221,7 @@ def measure_effects(run: Run, pair: ModelPair) -> Iterator[Progress]:
                 below,
                 method=config.method,
                 engine=config.engine,
-                batch_tokens=run.batch_tokens,
+                batch_tokens=run.batch_tokens if config.engine == "suffix" else run.pass_tokens,
                 skip=skip,
             ):
                 if effect.component in skip:

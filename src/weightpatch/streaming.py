@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from weightpatch.architecture import layers_of
+from weightpatch.errors import CheckpointError
 from weightpatch.sources import Source, slots
 
 PIECE = 1 << 18
@@ -47,6 +48,7 @@ def streamed(base: PreTrainedModel, source: Source) -> PreTrainedModel:
     if source.generation_config is not None:
         model.generation_config = source.generation_config
     vars(model)[_KEPT_AS] = _Stream(model, base, source)
+    vars(model)["__deepcopy__"] = _refuse_copy
     return model
 
 
@@ -107,6 +109,14 @@ def keep(model: nn.Module) -> None:
     stream = _stream(model)
     if stream is not None and not stream.is_kept:
         stream.keep()
+        del vars(model)["__deepcopy__"]
+
+
+def _refuse_copy(_memo: dict[int, Any]) -> nn.Module:
+    """A copy's modules would go on calling the original's."""
+    raise CheckpointError(
+        "this model's weights are streamed, so it cannot be copied. Load the checkpoint with transformers instead."
+    )
 
 
 def _split(tensor: Tensor) -> tuple[Tensor, ...]:
@@ -175,6 +185,7 @@ class _Stream:
         self._held_layer: nn.Module | None = None
         self._held: dict[str, Tensor] = {}
         self._depth = 0
+        self._wrapped: list[tuple[nn.Module, Any]] = []
         self.is_kept = False
         self._wrap_all(model)
 
@@ -215,6 +226,10 @@ class _Stream:
         context.__enter__()
         self._kept = context  # left open
         self.is_kept = True
+        for module, forward in self._wrapped:
+            vars(module).pop("forward")
+            if forward is not None:
+                vars(module)["forward"] = forward
 
     def _read(self, name: str, *, fresh: bool = False) -> Tensor:
         device, dtype = self._like[name]
@@ -268,7 +283,7 @@ class _Stream:
             with _filled(members, self._read_held):
                 return forward(*args, **kwargs)
 
-        vars(module)["forward"] = with_weights
+        self._replace_forward(module, with_weights)
 
     def _wrap_embedding(self, module: nn.Module, slot: _Slot) -> None:
         """Read the rows of the looked-up tokens only: the whole table may be larger than many layers."""
@@ -286,4 +301,8 @@ class _Stream:
             with _filled([slot], lambda _: rows):
                 return forward(places, *args, **kwargs)
 
-        vars(module)["forward"] = with_rows
+        self._replace_forward(module, with_rows)
+
+    def _replace_forward(self, module: nn.Module, forward: Callable[..., Any]) -> None:
+        self._wrapped.append((module, vars(module).get("forward")))
+        vars(module)["forward"] = forward

@@ -51,7 +51,7 @@ class Sweep(Protocol):
             token_ids: Unpadded prompts.
             anchor: Where and along what to read.
             components: What to patch; ordered by layer.
-            batch_tokens: Most tokens of one forward call, padding included.
+            batch_tokens: Most tokens of one forward call, with padding where an engine pads.
             skip: Components already known. They may be measured again where they share a call with others, so that a
                 resumed sweep makes the very same calls; whoever resumes drops what it knows.
 

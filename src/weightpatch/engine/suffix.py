@@ -21,7 +21,7 @@ from weightpatch.architecture import embedding_weight
 from weightpatch.component import Component, Slice, components, slices
 from weightpatch.engine import Measured
 from weightpatch.packed.calls import LayerCall, record
-from weightpatch.packed.packing import Packing, pack
+from weightpatch.packed.packing import MOST_TOKENS, Packing, pack
 from weightpatch.pair import ModelPair
 from weightpatch.residuals import evaluating, pad, readout_index, walk
 
@@ -42,7 +42,7 @@ def sweep(
     with evaluating(pair.base):
         runs = [
             _Run.start(pair, packing, [token_ids[prompt] for prompt in packing.prompts], anchor)
-            for packing in pack(token_ids, most_tokens=batch_tokens)
+            for packing in pack(token_ids, most_tokens=min(batch_tokens, MOST_TOKENS))
         ]
     base = _gather([run.base for run in runs], runs)
     for layer, members in groupby(components, key=lambda component: component.layer):
@@ -281,7 +281,7 @@ class _Writes:
             self._inputs[unit] = self.call.watch(self.residual, weights, self.family.o, stop=True)[self.family.o][0]
         size = self.pair.architecture.head_dim
         heads_in = self._inputs[unit] if unit else self.heads_in
-        return self._wanted(heads_in)[..., head * size : (head + 1) * size]
+        return self._wanted(heads_in[..., head * size : (head + 1) * size])
 
     def _all_of(self, unit: str) -> list[Component]:
         return [component for component in components(self.pair.architecture, unit) if component.layer == self.layer]

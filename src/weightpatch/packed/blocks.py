@@ -79,17 +79,18 @@ def _attend(
     attend = _function(implementation, module)
     out: Tensor | None = None
     for block in blocks:
+        rows, columns = block.rows.to(query.device), block.columns.to(query.device)  # layers may lie on several devices
         part = attend(
             module,
-            query.index_select(2, block.rows),
-            key.index_select(2, block.columns),
-            value.index_select(2, block.columns),
-            block.mask,
+            query.index_select(2, rows),
+            key.index_select(2, columns),
+            value.index_select(2, columns),
+            block.mask.to(query.device),
             **options,
         )[0]
         if out is None:
             out = part.new_zeros((part.shape[0], query.shape[2], *part.shape[2:]))
-        out[:, block.rows] = part
+        out[:, rows] = part
     if out is None:
         raise ArchitectureError("attention was called without a single query")
     return out, None

@@ -61,8 +61,12 @@ class LayerCall:
 
     def last(self, residual: Tensor) -> Tensor:
         """What leaves the layer at the readout positions: `(row, token, feature)` -> `(row, read, feature)`."""
-        write = self.attend(residual, {}, only_reads=True)
-        return self.finish(self.at_reads(residual), {}, attention=self.at_reads(write))
+        stubs: dict[str, nn.Module] = {self.family.o: _AtReads(self.layer.get_submodule(self.family.o), self.reads)}
+        if self.family.q != self.family.k:
+            stubs[self.family.q] = _AtReads(self.layer.get_submodule(self.family.q), self.reads, spread=True)
+        with _standing_in(self.layer, stubs):
+            write = self.attend(residual, {}, only_reads=True)
+        return self.finish(self.at_reads(residual), {}, attention=write)
 
     def at_reads(self, rows: Tensor) -> Tensor:
         """Rows at the readout positions: `(row, token, feature)` -> `(row, read, feature)`."""
@@ -165,6 +169,25 @@ class _Given(nn.Module):
         return (write, *[None] * (self.n_outputs - 1)) if self.n_outputs else write
 
 
+class _AtReads(nn.Module):
+    """A projection that works at the readout positions only; with `spread`, its outputs stay where they belong."""
+
+    def __init__(self, projection: nn.Module, reads: Tensor, *, spread: bool = False) -> None:
+        super().__init__()
+        self.projection = projection
+        self.reads = reads
+        self.spread = spread
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Shapes `(row, token, feature)` -> `(row, read, output)`; with `spread`, `(row, token, output)`, else 0."""
+        reads = self.reads.to(rows.device)
+        found: Tensor = self.projection(rows.index_select(1, reads))
+        if not self.spread:
+            return found
+        whole = found.new_zeros((*rows.shape[:-1], found.shape[-1]))
+        return whole.index_copy_(1, reads, found)
+
+
 @contextmanager
 def _standing_in(layer: nn.Module, stubs: Mapping[str, nn.Module]) -> Iterator[None]:
     """Put other modules in the place of some, for as long as the block lasts."""
@@ -188,8 +211,8 @@ def record(
 ) -> tuple[tuple[LayerCall, ...], Tensor]:
     """The calls of a model's layers below `last`, and the residual stream that enters layer 0, all for a packed row.
 
-    What a layer is handed beside the residual stream depends on positions alone in the families of the table, so it is
-    recorded on the longest prompt only; `proof` would find a model where it does not.
+    What a layer is handed beside the residual stream depends on positions alone (`proof` would find a model where it
+    does not), so it is recorded on the longest prompt only.
 
     Args:
         model: A model whose family has a row in the architecture table.
@@ -202,8 +225,10 @@ def record(
         One call to a layer, and the residual, shape `(1, packed token, feature)`.
 
     Raises:
-        ArchitectureError: an attention implementation that takes no mask of our making.
+        ArchitectureError: an attention implementation that takes no mask of our making, or positions that are encoded
+            otherwise in long prompts than in short ones.
     """
+    _check_positions(model, tokens.shape[1])
     family = family_of(model.config)
     implementation = model.config._attn_implementation
     if implementation not in ("eager", "sdpa"):
@@ -255,6 +280,22 @@ def record(
         walk(model, tokens[longest : longest + 1], last, see)
     walk(model, tokens, 0, lambda _number, residual, _args, _kwargs: start.append(packing.fold(residual)))
     return tuple(replace(found[number], n_outputs=n_outputs[number]) for number in range(last)), start[0]
+
+
+def _check_positions(model: PreTrainedModel, longest: int) -> None:
+    """Raise where the length of the longest prompt of a row decides how positions are encoded in all of them."""
+    config = model.config
+    scalings = getattr(config, "rope_parameters", None) or {}
+    kinds = [scalings, *(kind for kind in scalings.values() if isinstance(kind, dict))]
+    for kind in kinds:
+        limit = (
+            kind.get("original_max_position_embeddings") or getattr(config, "max_position_embeddings", None) or longest
+        )
+        if kind.get("rope_type") in ("longrope", "dynamic") and longest > int(limit):
+            raise ArchitectureError(
+                f"a prompt has {longest} tokens, and beyond {limit} this model ({kind['rope_type']}) encodes positions "
+                'by the length of the prompt, so that prompts cannot be packed. Shorten it, or use engine="swap".'
+            )
 
 
 def _by_name(layer: nn.Module, residual: Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+MOST_TOKENS = 4096
+"""Most tokens of a packed row, however much memory there is: its mask is quadratic in them."""
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Packing:

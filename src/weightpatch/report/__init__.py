@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["render", "write_report"]
 
-_SMALL = ("heads", "heads.q", "heads.o", "kvs", "neurons")
+_SMALL = ("heads", "heads.q", "heads.o", "kvs", "experts", "neurons")
 """Units that lie inside others; the summary shows them apart from the modules that contain them."""
 
 

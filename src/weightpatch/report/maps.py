@@ -17,7 +17,7 @@ from weightpatch.report.style import DIVERGING, GREY, RECOVERY, styled, unit_sty
 if TYPE_CHECKING:
     import pandas as pd
 
-INDEXED = ("heads", "heads.q", "heads.o", "kvs")
+INDEXED = ("heads", "heads.q", "heads.o", "kvs", "experts")
 """Units of which a layer has a few, so that a map of layers can show them."""
 
 MOST_WITH_TEXT = 12
@@ -25,7 +25,7 @@ MOST_WITH_TEXT = 12
 
 Grid = list[list[Score | None]]
 
-_LETTERS = {"heads": "H{}", "heads.q": "H{}.q", "heads.o": "H{}.o", "kvs": "KV{}"}
+_LETTERS = {"heads": "H{}", "heads.q": "H{}.q", "heads.o": "H{}.o", "kvs": "KV{}", "experts": "E{}"}
 _GAP = 22
 
 SMALLEST_SCALE = 0.01

@@ -26,7 +26,7 @@ class UnitStyle:
     Attributes:
         one: Its name in words.
         many: The plural.
-        color: Out of Okabe and Ito's palette.
+        color: Out of Okabe and Ito's palette, or Paul Tol's.
         symbol: A plotly marker, so that colour is never the only difference.
     """
 
@@ -47,6 +47,8 @@ UNIT_STYLES: dict[str, UnitStyle] = {
     ),
     "kvs": UnitStyle(one="key/value group", many="key/value groups", color="#009E73", symbol="hexagon"),
     "neurons": UnitStyle(one="neuron", many="neurons", color="#E69F00", symbol="cross"),
+    "experts": UnitStyle(one="expert", many="experts", color="#332288", symbol="hourglass"),
+    "routers": UnitStyle(one="router", many="routers", color="#882255", symbol="bowtie"),
     "norms": UnitStyle(one="norm", many="norms", color="#CC79A7", symbol="star"),
     "rests": UnitStyle(one="rest", many="rests", color="#B8A400", symbol="x"),
     "ends": UnitStyle(one="end", many="ends", color="#8C6D31", symbol="pentagon"),

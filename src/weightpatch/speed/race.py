@@ -125,7 +125,7 @@ def _enter(name: str, work: Work, checked: Sequence[Component], base: Tensor, op
     except Exception as error:
         if name == "loop":
             raise
-        entry.failure = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        entry.failure = _told(error)
     return entry
 
 
@@ -146,8 +146,22 @@ def _repeat(
             if whole and number != len(rounds) // 2:
                 continue
             if not entry.failure:
-                entry.turns[-1].append(entry.take_turn(work, work.components if whole else members))
+                _timed(work, entry, work.components if whole else members)
             on_turn()
+
+
+def _timed(work: Work, entry: _Entry, members: Sequence[Component]) -> None:
+    """One turn. A tool that fails in the middle is out of the race; ours are not excused."""
+    try:
+        entry.turns[-1].append(entry.take_turn(work, members))
+    except Exception as error:
+        if entry.name not in LOOPS or entry.name == "loop":
+            raise
+        entry.failure = _told(error)
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def _outcome(entry: _Entry, truth: Mapping[Component, Tensor], gap: float) -> Outcome:
