@@ -70,7 +70,7 @@ def main(
         figure.update_xaxes(title=title, rangemode="tozero", row=1, col=column)
         figure.update_yaxes(title="seconds", rangemode="tozero", row=1, col=column)
     figure.update_layout(template="simple_white", showlegend=False, width=900, height=360, margin={"t": 40, "b": 50})
-    figure.write_html(out, include_plotlyjs=True, full_html=True)
+    figure.write_html(out, include_plotlyjs=True, full_html=True, config={"displayModeBar": False})
 
 
 def _seconds(pair: ModelPair, prompts: ContrastPrompts, anchor: Anchor, chosen: list[Component]) -> float:
