@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from weightpatch import ContrastPrompts
+from weightpatch import ContrastPrompts, ModelPair
 from weightpatch.errors import PromptError
-from weightpatch.prompts import SPLITS
+from weightpatch.prompts import SPLITS, ContrastPrompt
 
 
 def write(tmp_path: Path, *rows: object) -> Path:
@@ -135,3 +135,10 @@ def test_token_ids_can_stand_in_a_file_too(tmp_path: Path) -> None:
     assert {row.split for row in prompts} == set(SPLITS)
     with pytest.raises(PromptError, match="line 1: 'with_instruction' is not a list of token ids"):
         ContrastPrompts.load(write(tmp_path, {"with_instruction": ["x"], "without_instruction": [1]}))
+
+
+def test_a_template_that_knows_no_system_message_says_so() -> None:
+    pair = ModelPair.from_pretrained("tiny:base", "tiny:specialized")
+    row = ContrastPrompt(id="a", prompt="Tell me about rivers.", instruction="Use a title.", system="Be brief.")
+    with pytest.raises(PromptError, match="refuses a conversation with a system message: this model knows the roles"):
+        ContrastPrompts((row,)).tokenize(pair.tokenizer)

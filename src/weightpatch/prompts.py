@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jinja2 import TemplateError
+
 from weightpatch.errors import PromptError
 from weightpatch.instructions import SPLITS, TASKS, instruction_rows
 
@@ -219,12 +221,20 @@ class ContrastPrompts:
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, *, system: str = "") -> TokenIds:
-    """Token ids of one user message, up to where the answer starts."""
+    """Token ids of one user message, up to where the answer starts.
+
+    Raises:
+        PromptError: the chat template refuses it.
+    """
     if not tokenizer.chat_template:
         return tuple(tokenizer.encode(f"{system}\n\n{text}" if system else text))
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": text})
-    chat = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    try:
+        chat = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    except TemplateError as error:
+        which = "with a system message" if system else "of one user message"
+        raise PromptError(f"the model's chat template refuses a conversation {which}: {error}.") from error
     return tuple(tokenizer.encode(str(chat), add_special_tokens=False))
 
 
