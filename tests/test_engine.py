@@ -10,8 +10,8 @@ from torch import Tensor
 
 from conftest import SHAPES, build_model, build_pair, some_of_every_unit
 from weightpatch import Anchor, ContrastPrompts, ModelPair, fit_anchor, localize, patched
-from weightpatch.component import LEVELS, UNITS, Component, partition
-from weightpatch.engine import swap
+from weightpatch.component import LEVELS, UNITS, Component, components, partition
+from weightpatch.engine import suffix, swap
 from weightpatch.errors import AnchorError, ArchitectureError, ComponentError
 from weightpatch.localization import plan, sweep
 from weightpatch.residuals import evaluating
@@ -294,3 +294,21 @@ def test_on_the_bundled_pair_suffix_equals_swap_and_a_partition_gives_the_specia
         for level in LEVELS:
             with patched(pair, partition(pair.architecture, level)) as model:
                 assert torch.equal(model(input_ids=tokens).logits, expected)
+
+
+@pytest.mark.parametrize("shape", ["llama-gqa", "gemma2", "gpt-neox", "qwen3-moe"])
+def test_sets_over_several_layers_are_patched_jointly_by_both_engines(shape: str) -> None:
+    pair = build_pair(shape, dtype=torch.float64)
+    neuron = "L0.E1.N2" if pair.architecture.n_experts_of(0) else "L0.N2"
+    named = f"{{{neuron},L0.H1}},{{L1.mlp,L0.KV0}},{{embed,L1.attn,L0.mlp}},{{L0.attn,L1.H0,L2.mlp}},{{L1.H0,L1.mlp}}"
+    chosen = components(pair.architecture, named)
+    anchor = Anchor(layer=2, direction=torch.randn(24, generator=torch.Generator().manual_seed(9)), positions=(-1, 1))
+    prompts = [[7, 3, 55, 20, 41, 8, 19], [7, 3, 55, 2, 2, 30, 11, 60, 5]]
+    fast, written = (
+        torch.stack([one.readout - one.base for one in found])
+        for found in (
+            engine.sweep(pair, prompts, anchor, chosen, batch_tokens=40, skip=frozenset()) for engine in (suffix, swap)
+        )
+    )
+    assert float(written.abs().min()) > 0
+    torch.testing.assert_close(fast, written, rtol=0, atol=1e-12 * float(written.abs().max()))

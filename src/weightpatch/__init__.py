@@ -11,13 +11,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from weightpatch.anchor import Anchor as Anchor
     from weightpatch.component import Component as Component
+    from weightpatch.drilling import drill as drill
     from weightpatch.errors import WeightpatchError as WeightpatchError
+    from weightpatch.estimation import Estimation as Estimation
     from weightpatch.fitting import fit_anchor as fit_anchor
     from weightpatch.localization import Effects as Effects
     from weightpatch.localization import localize as localize
     from weightpatch.pair import ModelPair as ModelPair
     from weightpatch.patch import patched as patched
     from weightpatch.prompts import ContrastPrompts as ContrastPrompts
+    from weightpatch.screening import screen as screen
     from weightpatch.steering import steered as steered
 
 __version__ = "0.1.0"
@@ -27,11 +30,14 @@ _HOME = {
     "Component": "component",
     "ContrastPrompts": "prompts",
     "Effects": "localization",
+    "Estimation": "estimation",
     "ModelPair": "pair",
     "WeightpatchError": "errors",
+    "drill": "drilling",
     "fit_anchor": "fitting",
     "localize": "localization",
     "patched": "patch",
+    "screen": "screening",
     "steered": "steering",
 }
 

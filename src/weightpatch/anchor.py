@@ -182,6 +182,23 @@ class Anchor:
             projection = projection / residual.norm(dim=-1)
         return projection.mean(dim=-1)
 
+    def gradient(self, residual: Tensor) -> Tensor:
+        """How the readout changes with the residual.
+
+        Args:
+            residual: As for `read`.
+
+        Returns:
+            The same shape, float32 at least, on the CPU.
+        """
+        residual = residual.detach().cpu().to(torch.promote_types(residual.dtype, torch.float32)).requires_grad_()
+        with torch.enable_grad():
+            projection = residual @ self.direction.to(residual.dtype)
+            if self.readout == "cosine":
+                projection = projection / residual.norm(dim=-1)
+            (gradient,) = torch.autograd.grad(projection.mean(dim=-1).sum(), residual)
+        return gradient
+
     def check(self, pair: ModelPair) -> None:
         """Raise unless the anchor fits the pair.
 

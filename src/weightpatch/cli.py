@@ -29,7 +29,7 @@ from weightpatch.cli_options import (
     Units,
     quiet,
 )
-from weightpatch.cli_run import STAGES, anchor, do_stages, localize, run, validate
+from weightpatch.cli_run import STAGES, anchor, do_stages, drill, localize, run, screen, validate
 from weightpatch.errors import PairError, WeightpatchError
 from weightpatch.terminal import (
     counting,
@@ -91,6 +91,8 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 app.command()(run)
 app.command()(anchor)
 app.command()(localize)
+app.command()(screen)
+app.command()(drill)
 app.command()(validate)
 
 

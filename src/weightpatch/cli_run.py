@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal, Protocol
 
 import typer
 
@@ -25,15 +25,32 @@ from weightpatch.cli_options import (
     Units,
     quiet,
 )
-from weightpatch.terminal import draw, print_json, print_run, print_validation, status
+from weightpatch.terminal import (
+    draw,
+    print_drill,
+    print_json,
+    print_run,
+    print_screening,
+    print_validation,
+    status,
+)
 
 if TYPE_CHECKING:
-    from weightpatch.curves import CurveSettings
     from weightpatch.pair import ModelPair
     from weightpatch.prompts import ContrastPrompts
-    from weightpatch.run import RunConfig
+    from weightpatch.run import Progress, Run, RunConfig
+
+    Stage = Callable[[Run, ModelPair], Iterator[Progress]]
 
 STAGES = ("anchor", "localize", "report")
+
+
+class Show(Protocol):
+    """Prints what a run holds."""
+
+    def __call__(self, opened: Run, *, as_json: bool) -> None:
+        """Print it, as text or as one JSON object."""
+        ...
 
 
 def run(
@@ -153,7 +170,13 @@ def validate(
     necessity: Annotated[
         bool, typer.Option("--necessity", help="Also put base weights into the specialized model.")
     ] = False,
+    ranking: Annotated[
+        Literal["effects", "screen"], typer.Option(help="Whose order: the run's effects, or its screening.")
+    ] = "effects",
     n_random: Annotated[int, typer.Option(min=0, help="Random sets beside each set.")] = 1,
+    largest_differences: Annotated[
+        bool, typer.Option("--largest-differences", help="Also sets of those whose weights moved most.")
+    ] = False,
     n_prompts: Annotated[int, typer.Option(min=2, help="Prompts of each task, at most.")] = 24,
     no_answers: Annotated[bool, typer.Option("--no-answers", help="Generate nothing: no pass rates.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 80,
@@ -164,16 +187,77 @@ def validate(
 ) -> None:
     """One stage: patch the leading components of a run together, more and more, with random sets beside them."""
     from weightpatch.curves import CurveSettings
+    from weightpatch.curves import validate as work
 
     settings = CurveSettings(
         recipients=("base", "specialized") if necessity else ("base",),
+        ranking=ranking,
         n_random=n_random,
+        largest_differences=largest_differences,
         n_prompts=n_prompts,
         answers=not no_answers,
         max_new_tokens=max_new_tokens,
     )
     loading = Loading(device_map=device_map, allow_pickle=allow_pickle, any_adapter_base=any_adapter_base)
-    _resume("validate", path, loading, as_json=as_json, curves=settings)
+    own = {"validate": lambda opened, pair: work(opened, pair, settings)}
+    _resume("validate", path, loading, as_json=as_json, own=own, show=print_validation)
+
+
+def screen(
+    path: RunPath,
+    units: Units = "neurons,heads,kvs",
+    budget: Annotated[int, typer.Option(min=2, help="Components to patch exactly, in every task.")] = 200,
+    approximation: Annotated[
+        str, typer.Option(help="outputs (exact in the component), weights, or integrated (over the way between both).")
+    ] = "outputs",
+    n_steps: Annotated[int, typer.Option(min=1, help="Points of `integrated`.")] = 8,
+    grad_drop: Annotated[
+        bool, typer.Option("--grad-drop", help="Sizes that cancelling does not hide; many more backward passes.")
+    ] = False,
+    threshold: Annotated[
+        float | None, typer.Option(help="Recovery that should not be missed; else the tenth of each unit's top list.")
+    ] = None,
+    device_map: DeviceMap = None,
+    allow_pickle: AllowPickle = False,
+    any_adapter_base: AnyAdapterBase = False,
+    as_json: AsJson = False,
+) -> None:
+    """One stage: estimate every neuron, head and group to first order, patch the top and a random sample exactly."""
+    from pydantic import TypeAdapter, ValidationError
+
+    from weightpatch.estimation import Estimation
+    from weightpatch.screens import ScreenSettings, screen_run
+
+    try:
+        how = TypeAdapter(Estimation).validate_python(
+            {"approximation": approximation, "n_steps": n_steps, "grad_drop": grad_drop}
+        )
+    except ValidationError as error:
+        raise typer.BadParameter(
+            "; ".join(f"--{fault['loc'][0]}: {fault['msg']}" for fault in error.errors())
+        ) from error
+    settings = ScreenSettings(units=units, budget=budget, estimation=how, threshold=threshold)
+    loading = Loading(device_map=device_map, allow_pickle=allow_pickle, any_adapter_base=any_adapter_base)
+    own = {"screen": lambda opened, pair: screen_run(opened, pair, settings)}
+    _resume("screen", path, loading, as_json=as_json, own=own, show=print_screening)
+
+
+def drill(
+    path: RunPath,
+    budget: Annotated[int, typer.Option(min=1, help="Components to patch exactly, in every task.")] = 300,
+    groups: Annotated[int, typer.Option(min=2, help="Groups that neurons are dealt into at each level.")] = 8,
+    device_map: DeviceMap = None,
+    allow_pickle: AllowPickle = False,
+    any_adapter_base: AnyAdapterBase = False,
+    as_json: AsJson = False,
+) -> None:
+    """One stage: patch blocks, then the parts of those that matter, down to neurons; exact at every level."""
+    from weightpatch.drills import DrillSettings, drill_run
+
+    settings = DrillSettings(budget=budget, n_groups=groups)
+    loading = Loading(device_map=device_map, allow_pickle=allow_pickle, any_adapter_base=any_adapter_base)
+    own = {"drill": lambda opened, pair: drill_run(opened, pair, settings)}
+    _resume("drill", path, loading, as_json=as_json, own=own, show=print_drill)
 
 
 def _resume(
@@ -182,7 +266,8 @@ def _resume(
     loading: Loading,
     *,
     as_json: bool,
-    curves: CurveSettings | None = None,
+    own: Mapping[str, Stage] | None = None,
+    show: Show = print_run,
 ) -> None:
     """Do one stage of a run that was begun."""
     from weightpatch.run import Run
@@ -194,7 +279,8 @@ def _resume(
         resumed=True,
         as_json=as_json,
         loading=loading,
-        curves=curves,
+        own=own,
+        show=show,
     )
 
 
@@ -206,9 +292,21 @@ def do_stages(
     as_json: bool,
     resumed: bool = False,
     loading: Loading | None = None,
-    curves: CurveSettings | None = None,
+    own: Mapping[str, Stage] | None = None,
+    show: Show = print_run,
 ) -> None:
-    """Check what is cheap to check, load the pair, and do the stages one after another."""
+    """Check what is cheap to check, load the pair, and do the stages one after another.
+
+    Args:
+        config: The run's settings.
+        out: Its folder.
+        stages: Names out of `STAGES` and `own`.
+        as_json: Print JSON.
+        resumed: Whether the run was begun by an earlier call, whose prompts it keeps.
+        loading: How checkpoints are read.
+        own: Stages with settings of their own.
+        show: Prints what was found.
+    """
     quiet()
     from weightpatch.pair import ModelPair
     from weightpatch.prompts import ContrastPrompts
@@ -236,22 +334,17 @@ def do_stages(
     with alone(out):
         opened = start(config, pair, prompts, out)
         for stage in stages:
-            if stage == "anchor":
+            if own and stage in own:
+                draw(own[stage](opened, pair))
+            elif stage == "anchor":
                 draw(fit_anchors(opened, pair))
             elif stage == "localize":
                 draw(measure_effects(opened, pair))
-            elif stage == "validate":
-                from weightpatch.curves import CurveSettings, validate
-
-                draw(validate(opened, pair, curves or CurveSettings()))
             else:
                 from weightpatch.report import write_report
 
                 write_report(opened)
-    if "validate" in stages:
-        print_validation(opened, as_json=as_json)
-    else:
-        print_run(opened, as_json=as_json)
+    show(opened, as_json=as_json)
 
 
 def _print_plan(config: RunConfig, loading: Loading, *, as_json: bool) -> None:

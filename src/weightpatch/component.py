@@ -2,7 +2,7 @@
 
 The address is the whole notation: `L5` block, `L5.attn`, `L5.H3` head, `L5.H3.q`, `L5.H3.o`, `L5.KV1` key/value group,
 `L5.mlp`, `L5.N812` neuron, `L5.E3` expert, `L5.E3.N12` an expert's neuron, `L5.router`, `L5.norm.attn`, `L5.norm.mlp`,
-`L5.attn.rest`, `L5.mlp.rest`, `embed`, `norm`, `unembed`.
+`L5.attn.rest`, `L5.mlp.rest`, `embed`, `norm`, `unembed`; sets of these, patched together: `{L5.H3,L7.mlp}`.
 """
 
 from __future__ import annotations
@@ -55,10 +55,11 @@ class Component:
 
     Attributes:
         address: Its name, for instance `L5.H3`.
-        unit: Its kind, one of `UNITS`.
-        layer: Its decoder layer; None for `embed`, `norm` and `unembed`.
+        unit: Its kind, one of `UNITS`; `sets` for a set.
+        layer: Its decoder layer, a set's lowest; None for `embed`, `norm` and `unembed`, and sets with one of them.
         index: Which head, group, expert or neuron of the layer; None for what a layer has once.
         expert: Which expert a neuron belongs to; None for the neurons of a plain MLP.
+        members: What a set holds, from the lowest layer up; empty for everything else.
     """
 
     address: str
@@ -66,6 +67,20 @@ class Component:
     layer: int | None
     index: int | None = None
     expert: int | None = None
+    members: tuple[Component, ...] = ()
+
+    @classmethod
+    def joint(cls, members: Iterable[Component]) -> Component:
+        """Several components that are patched together, as one: a set. Its address lists them from the lowest layer up.
+
+        Raises:
+            ComponentError: none, or a set within a set.
+        """
+        ordered = tuple(sorted(dict.fromkeys(members), key=_place))
+        if not ordered or any(member.members for member in ordered):
+            raise ComponentError("a set holds at least one component, and no sets: {L5.H3,L7.mlp}.")
+        address = f"{{{','.join(member.address for member in ordered)}}}"
+        return cls(address=address, unit="sets", layer=ordered[0].layer, members=ordered)
 
     @classmethod
     def parse(cls, address: str) -> Component:
@@ -74,18 +89,32 @@ class Component:
         Raises:
             ComponentError: it follows none of the forms.
         """
+        if address.startswith("{") and address.endswith("}"):
+            return cls.joint(cls.parse(name.strip()) for name in address[1:-1].split(","))
         for unit, form in _FORMS:
             if match := re.fullmatch(form, address):
                 numbers = {name: int(number) for name, number in match.groupdict().items() if number is not None}
-                return cls(address=address, unit=unit, layer=numbers.pop("layer", None), **numbers)
+                return cls(
+                    address=address,
+                    unit=unit,
+                    layer=numbers.get("layer"),
+                    index=numbers.get("index"),
+                    expert=numbers.get("expert"),
+                )
         raise ComponentError(
             f"cannot read the component address {address!r}. Write one of L5, L5.attn, L5.mlp, L5.H3, L5.H3.q, "
             "L5.H3.o, L5.KV1, L5.N812, L5.E3, L5.E3.N12, L5.router, L5.norm.attn, L5.norm.mlp, L5.attn.rest, "
-            "L5.mlp.rest, embed, norm, unembed."
+            "L5.mlp.rest, embed, norm, unembed, or a set {L5.H3,L7.mlp}."
         )
 
     def __str__(self) -> str:
         return self.address
+
+
+def _place(component: Component) -> tuple[int, int, int, int]:
+    """Where a component stands among others."""
+    layer, expert, index = (-1 if n is None else n for n in (component.layer, component.expert, component.index))
+    return layer, UNITS.index(component.unit) if component.unit in UNITS else -1, expert, index
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +148,8 @@ def slices(architecture: Architecture, component: Component) -> tuple[Slice, ...
     Raises:
         ComponentError: the model has no such component, or nothing in it can be owned alone.
     """
+    if component.members:
+        return tuple(dict.fromkeys(piece for member in component.members for piece in slices(architecture, member)))
     _check_exists(architecture, component)
     owned = tuple(_owned(architecture, component))
     if not owned:
@@ -138,12 +169,13 @@ def components(architecture: Architecture, units: str | Sequence[str | Component
 
     Args:
         architecture: The model's architecture.
-        units: Units out of `UNITS`, addresses (`"heads,L5.N812"`) and components, as a sequence or in one string.
+        units: Units out of `UNITS`, addresses (`"heads,L5.N812"`, `"{L5.H3,L7.mlp}"`) and components, as a sequence
+            or in one string.
 
     Raises:
         ComponentError: nothing named, or a name that is no unit and no address in this architecture.
     """
-    names = [name.strip() for name in (units.split(",") if isinstance(units, str) else map(str, units))]
+    names = [name.strip() for name in (_SEPARATOR.split(units) if isinstance(units, str) else map(str, units))]
     singles = {name: Component.parse(name) for name in names if name not in UNITS and _is_address(name)}
     unknown = [name for name in names if name not in UNITS and name not in singles]
     if unknown or not names:
@@ -185,8 +217,12 @@ def partition(architecture: Architecture, level: str) -> tuple[Component, ...]:
     return members
 
 
+_SEPARATOR = re.compile(r",(?![^{]*\})")
+"""A comma that is not within a set."""
+
+
 def _is_address(name: str) -> bool:
-    return any(re.fullmatch(form, name) for _, form in _FORMS)
+    return bool(re.fullmatch(r"\{.*\}", name)) or any(re.fullmatch(form, name) for _, form in _FORMS)
 
 
 def _members(architecture: Architecture, unit: str, layer: int | None) -> Iterator[Component]:

@@ -6,7 +6,9 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal
+
+import pandas as pd
 
 from weightpatch.behaviour import MAX_NEW_TOKENS, Answering, can_judge
 from weightpatch.component import Component
@@ -16,7 +18,22 @@ from weightpatch.patch import Recipient
 from weightpatch.prompts import ContrastPrompts
 from weightpatch.run import Progress, Run, write_whole
 from weightpatch.statistics import Interval
-from weightpatch.validation import SHARES, JointPatch, measure_patch, random_like, rank, read_references
+from weightpatch.validation import (
+    SHARES,
+    JointPatch,
+    by_difference,
+    leading_like,
+    measure_patch,
+    random_like,
+    rank,
+    read_references,
+)
+
+MANY = 1000
+"""From so many components on the curve begins at `FEW` and ends, but for all of them, at `MOST_OF_MANY`."""
+
+FEW = 10
+MOST_OF_MANY = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +43,9 @@ class CurveSettings:
     Attributes:
         recipients: `base`: is it enough to patch these; `specialized`: is it lost without them.
         shares: Shares of the measured components that are patched together, the leading ones first.
+        ranking: Whose order: of the run's `effects`, or of its `screen`: exact where it patched, else estimated.
         n_random: Random sets beside each, with as many components of every unit.
+        largest_differences: Also sets of those whose weights moved most, with as many components of every unit.
         n_prompts: Prompts of the split `validate`, at most.
         answers: Whether answers are generated and judged, where the prompts name a checker.
         max_new_tokens: Most tokens of an answer.
@@ -34,7 +53,9 @@ class CurveSettings:
 
     recipients: tuple[Recipient, ...] = ("base",)
     shares: tuple[float, ...] = SHARES
+    ranking: Literal["effects", "screen"] = "effects"
     n_random: int = 1
+    largest_differences: bool = False
     n_prompts: int = 24
     answers: bool = True
     max_new_tokens: int = MAX_NEW_TOKENS
@@ -72,7 +93,9 @@ def validate(run: Run, pair: ModelPair, settings: CurveSettings) -> Iterator[Pro
                 f"{file} was measured with other settings ({found['settings']}). Repeat them, or delete the file."
             )
         record: dict[str, Any] = {"settings": wanted, "points": found["points"]}
-        points = _plan(rank(effects), settings, seed=run.config.seed)
+        ranked = rank(effects) if settings.ranking == "effects" else _screened(run, task)
+        moved = by_difference(pair, ranked) if settings.largest_differences else ()
+        points = _plan(ranked, moved, settings, seed=run.config.seed)
         known = {(point["recipient"], point["arm"], point["k"]) for point in record["points"]}
         yield Progress(stage="validate", task=task, done=len(known), total=len(points))
         missing = [point for point in points if point.key not in known]
@@ -98,13 +121,36 @@ def validate(run: Run, pair: ModelPair, settings: CurveSettings) -> Iterator[Pro
             yield Progress(stage="validate", task=task, done=done, total=len(points))
 
 
-def _plan(ranked: Sequence[Component], settings: CurveSettings, *, seed: int) -> list[_Point]:
+def _screened(run: Run, task: str) -> tuple[Component, ...]:
+    """The components of a screening, the highest recovery first.
+
+    Raises:
+        RunError: it was not screened.
+    """
+    file = run.folder(task) / "screen.parquet"
+    if not file.is_file():
+        raise RunError(f"{run.path} has no screening of {task!r}. Do it first: weightpatch screen {run.path}")
+    table = pd.read_parquet(file, columns=["component", "recovery", "exact_recovery"])
+    best = table["exact_recovery"].fillna(table["recovery"])
+    order = best.sort_values(ascending=False, kind="stable").index
+    return tuple(Component.parse(address) for address in table["component"][order])
+
+
+def _plan(
+    ranked: Sequence[Component], moved: Sequence[Component], settings: CurveSettings, *, seed: int
+) -> list[_Point]:
     counts = sorted({0, *(max(1, round(share * len(ranked))) for share in settings.shares)})
+    if len(ranked) >= MANY:
+        counts = [count for count in counts if count <= MOST_OF_MANY * len(ranked)]
+        counts = sorted({0, FEW, *counts, len(ranked)})
     points = []
     for recipient in settings.recipients:
         for count in counts:
             top = _Point(recipient=recipient, arm="top", patch=tuple(ranked[:count]), n_pool=len(ranked))
             points.append(top)
+            if 0 < count < len(ranked) and moved:
+                like = leading_like(top.patch, moved)
+                points.append(replace(top, arm="largest differences", patch=like))
             if 0 < count < len(ranked):
                 points += [
                     replace(top, arm=f"random {draw + 1}", patch=random_like(top.patch, ranked, seed=seed + draw))

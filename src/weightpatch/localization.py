@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence, Set
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from weightpatch.anchor import Anchor
 from weightpatch.component import Component, components
 from weightpatch.engine import Sweep, suffix, swap
 from weightpatch.errors import AnchorError, ComponentError
+from weightpatch.estimation import Estimation, estimate_effects
 from weightpatch.pair import ModelPair, check_prompts
-from weightpatch.prompts import ContrastPrompts, TokenIds
-from weightpatch.residuals import BATCH_TOKENS, read_residuals, tokens_per_call
-from weightpatch.statistics import recovery
+from weightpatch.prompts import ContrastPrompts
+from weightpatch.reading import contrasted, inputs, reference
+from weightpatch.residuals import BATCH_TOKENS, tokens_per_call
+from weightpatch.statistics import check_gap, recovery
 
 if TYPE_CHECKING:
     import pandas as pd
 
-Method = Literal["exact"]
+Method = Literal["exact", "first-order"]
 Engine = Literal["suffix", "swap"]
 
 ENGINES: dict[str, Sweep] = {"suffix": suffix.sweep, "swap": swap.sweep}
@@ -43,8 +44,10 @@ class Effects:
         past_anchor: Components asked for that lie at or past the anchor. Their effect on it is 0 by construction, so
             they were not measured and are not among `components`.
         anchor: What was read.
-        method: How effects were found.
-        engine: By which code.
+        method: How effects were found: `exact` or `first-order`.
+        engine: By which code; for estimates, by which approximation.
+        per_span: Span of tokens -> mean over prompts of what acts there, shape `(component,)`; estimates only, which
+            are sums over tokens. Together the spans are the mean effect.
     """
 
     components: tuple[Component, ...]
@@ -57,6 +60,7 @@ class Effects:
     anchor: Anchor
     method: str
     engine: str
+    per_span: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def gap(self) -> Tensor:
@@ -92,6 +96,33 @@ class Effects:
             }
         )
 
+    def by_span(self) -> pd.DataFrame:
+        """Where in the prompts each component acts: one row for each, its recovery split by span.
+
+        Returns:
+            Columns component, unit, layer, one for each span that prompts have (`weightpatch.spans.SPANS`), and
+            recovery, their sum.
+
+        Raises:
+            ComponentError: effects that are no sums over tokens: exact ones, those of a contrast or with `grad_drop`.
+            NoGapError: the two models do not differ measurably in the readout.
+        """
+        import pandas as pd
+
+        if not self.per_span:
+            raise ComponentError(
+                f"these effects ({self.method}, {self.engine}, readout {self.anchor.readout}) are no sums over tokens. "
+                'Use localize(..., method="first-order") with a projection or cosine readout, without grad_drop.'
+            )
+        gap = check_gap(self.gap.numpy(), groups=self.queries).estimate
+        shares = {span: values.numpy() / gap for span, values in self.per_span.items()}
+        about = {
+            "component": [str(component) for component in self.components],
+            "unit": [component.unit for component in self.components],
+            "layer": pd.array([component.layer for component in self.components], dtype="Int64"),
+        }
+        return pd.DataFrame({**about, **shares, "recovery": self.per_prompt.mean(dim=1).numpy() / gap})
+
     def top(self, k: int = 20, *, seed: int = 0) -> pd.DataFrame:
         """The rows of `table` with the highest recovery, best first."""
         table = self.table(seed=seed).sort_values("recovery", ascending=False, kind="stable")
@@ -119,18 +150,21 @@ def localize(
     units: str | Sequence[str | Component] = "heads,mlps",
     method: Method = "exact",
     engine: Engine = "suffix",
+    estimation: Estimation | None = None,
     batch_tokens: int | None = None,
     on_effect: Callable[[ComponentEffect], None] | None = None,
 ) -> Effects:
-    """Patch each component's specialized weights into the base and measure the anchor's readout.
+    """Patch each component's specialized weights into the base and measure the anchor's readout, or estimate it.
 
     Args:
         pair: The two models.
         prompts: All of them are used, with their instruction.
         anchor: What to read.
         units: Units (`heads`, `kvs`, `mlps`, ...) and addresses (`L5.N812`), in one string with commas or a sequence.
-        method: `exact`: the weights are really in place.
-        engine: `suffix` (fast) or `swap` (writes weights and runs the whole model; the oracle).
+        method: `exact`: the weights are really in place. `first-order`: all components at once, from one forward and
+            one backward pass; see `weightpatch.screening` for how good that is on a pair.
+        engine: `suffix` (fast) or `swap` (writes weights and runs the whole model; the oracle), for exact effects.
+        estimation: How to estimate, for `first-order`; None: by outputs.
         batch_tokens: Most tokens of one forward call; None: as many as suit the model and its device. Changes speed
             and memory, not the numbers beyond rounding.
         on_effect: Called with each component's effects as they are measured, for progress.
@@ -147,24 +181,28 @@ def localize(
         failed = ", ".join(gate.name for gate in anchor.report.gates if not gate.passed)
         warnings.warn(f"the anchor is unstable: it failed {failed}; recoveries on it may mean little", stacklevel=2)
     below, past = plan(pair, anchor, units)
+    _check_method(method, engine)
+    base, specialized = reference(pair, prompts, anchor, batch_tokens=batch_tokens or BATCH_TOKENS)
+    about: dict[str, Any] = {
+        "components": below,
+        "base": base,
+        "specialized": specialized,
+        "prompt_ids": tuple(row.id for row in prompts),
+        "queries": tuple(row.query for row in prompts),
+        "past_anchor": past,
+        "anchor": anchor,
+        "method": method,
+    }
+    if method == "first-order":
+        how = estimation or Estimation()
+        estimates = estimate_effects(pair, prompts, anchor, below, how, batch_tokens=batch_tokens)
+        return Effects(**about, per_prompt=estimates.per_prompt, per_span=estimates.per_span, engine=how.approximation)
     found: list[Tensor] = []
     for effect in sweep(pair, prompts, anchor, below, method=method, engine=engine, batch_tokens=batch_tokens):
         found.append(effect.per_prompt)
         if on_effect:
             on_effect(effect)
-    base, specialized = reference(pair, prompts, anchor, batch_tokens=batch_tokens or BATCH_TOKENS)
-    return Effects(
-        components=below,
-        per_prompt=torch.stack(found),
-        base=base,
-        specialized=specialized,
-        prompt_ids=tuple(row.id for row in prompts),
-        queries=tuple(row.query for row in prompts),
-        past_anchor=past,
-        anchor=anchor,
-        method=method,
-        engine=engine,
-    )
+    return Effects(**about, per_prompt=torch.stack(found), engine=engine)
 
 
 def plan(
@@ -189,7 +227,9 @@ def plan(
 
 
 def reaches(component: Component, anchor: Anchor) -> bool:
-    """Whether what a component writes can reach the residual stream that the anchor reads."""
+    """Whether what a component writes, or one member of a set, can reach the residual stream that the anchor reads."""
+    if component.members:
+        return any(reaches(member, anchor) for member in component.members)
     return component.address == "embed" if component.layer is None else component.layer < anchor.layer
 
 
@@ -216,54 +256,22 @@ def sweep(
         batch_tokens: As in `localize`.
         skip: Components already known. They may come again where they share a forward call with others.
     """
+    _check_method(method, engine)
+    if method == "first-order":
+        estimates = estimate_effects(pair, prompts, anchor, below, Estimation(), batch_tokens=batch_tokens)
+        for component, effects in zip(below, estimates.per_prompt, strict=True):
+            yield ComponentEffect(component=component, per_prompt=effects)
+        return
+    check_prompts(pair, prompts, positions=anchor.positions, both_sides=anchor.readout == "contrast")
+    token_ids = inputs(pair, prompts, anchor)
+    width = batch_tokens or (tokens_per_call(pair.base) if engine == "suffix" else BATCH_TOKENS)
+    for measured in ENGINES[engine](pair, token_ids, anchor, below, batch_tokens=width, skip=skip):
+        change = measured.readout - measured.base
+        yield ComponentEffect(component=measured.component, per_prompt=contrasted(change, anchor))
+
+
+def _check_method(method: str, engine: str) -> None:
     if method not in get_args(Method):
         raise ComponentError(f"unknown method {method!r}. Choose one of {', '.join(get_args(Method))}.")
     if engine not in ENGINES:
         raise ComponentError(f"unknown engine {engine!r}. Choose one of {', '.join(ENGINES)}.")
-    check_prompts(pair, prompts, positions=anchor.positions, both_sides=anchor.readout == "contrast")
-    token_ids = _inputs(pair, prompts, anchor)
-    width = batch_tokens or (tokens_per_call(pair.base) if engine == "suffix" else BATCH_TOKENS)
-    for measured in ENGINES[engine](pair, token_ids, anchor, below, batch_tokens=width, skip=skip):
-        change = measured.readout - measured.base
-        yield ComponentEffect(component=measured.component, per_prompt=_contrasted(change, anchor))
-
-
-def _inputs(pair: ModelPair, prompts: ContrastPrompts, anchor: Anchor) -> tuple[TokenIds, ...]:
-    """What the models run on: prompts with their instruction, and behind them those without for a contrast readout."""
-    tokenized = prompts.tokenize(pair.tokenizer)
-    extra = tokenized.without_instruction if anchor.readout == "contrast" else ()
-    return tokenized.with_instruction + extra
-
-
-def _contrasted(readouts: Tensor, anchor: Anchor) -> Tensor:
-    """One value to a prompt from the readouts of `_inputs`, shape `(prompt,)`."""
-    if anchor.readout != "contrast":
-        return readouts
-    positive, negative = readouts.chunk(2)
-    return positive - negative
-
-
-def reference(
-    pair: ModelPair, prompts: ContrastPrompts, anchor: Anchor, *, batch_tokens: int = BATCH_TOKENS
-) -> tuple[Tensor, Tensor]:
-    """Readouts of the base and of the specialized model, each of shape `(prompt,)`, float64."""
-    base, specialized = (
-        readouts(model, pair, prompts, anchor, batch_tokens=batch_tokens) for model in (pair.base, pair.specialized)
-    )
-    return base, specialized
-
-
-def readouts(
-    model: PreTrainedModel,
-    pair: ModelPair,
-    prompts: ContrastPrompts,
-    anchor: Anchor,
-    *,
-    batch_tokens: int = BATCH_TOKENS,
-) -> Tensor:
-    """An anchor's readout of one model of a pair, with whatever is patched into it, shape `(prompt,)`, float64."""
-    token_ids = _inputs(pair, prompts, anchor)
-    residuals = read_residuals(
-        model, token_ids, layers=[anchor.layer], positions=anchor.positions, batch_tokens=batch_tokens
-    )
-    return _contrasted(anchor.read(residuals[0]), anchor)

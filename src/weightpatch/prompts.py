@@ -226,8 +226,18 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, *, system: str = "")
     Raises:
         PromptError: the chat template refuses it.
     """
+    rendered, adds_special = render(tokenizer, text, system=system)
+    return tuple(tokenizer.encode(rendered, add_special_tokens=adds_special))
+
+
+def render(tokenizer: PreTrainedTokenizerBase, text: str, *, system: str = "") -> tuple[str, bool]:
+    """One user message as the text that is tokenized, and whether the tokenizer adds its special tokens to it.
+
+    Raises:
+        PromptError: the chat template refuses it.
+    """
     if not tokenizer.chat_template:
-        return tuple(tokenizer.encode(f"{system}\n\n{text}" if system else text))
+        return (f"{system}\n\n{text}" if system else text), True
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": text})
     try:
@@ -235,7 +245,7 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, *, system: str = "")
     except TemplateError as error:
         which = "with a system message" if system else "of one user message"
         raise PromptError(f"the model's chat template refuses a conversation {which}: {error}.") from error
-    return tuple(tokenizer.encode(str(chat), add_special_tokens=False))
+    return str(chat), False
 
 
 def _read_lines(lines: Iterable[str], source: str | Path) -> list[ContrastPrompt]:

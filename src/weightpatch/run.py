@@ -8,6 +8,10 @@ tasks/<task>/reference.json       readouts of both models, prompt by prompt
 tasks/<task>/effects.jsonl        one line for each component: the truth, append-only
 tasks/<task>/effects.parquet      derived
 tasks/<task>/validation.json      joint patches, once `validate` was run
+tasks/<task>/screen.jsonl         exact effects of a screening, one line for each component
+tasks/<task>/screen.parquet       its table: every component's estimate, by span too, beside exact effects
+tasks/<task>/screen.json          its verdicts, and where in a prompt the leading components act
+tasks/<task>/drill.jsonl, .json   a drill-down: exact effects line by line, and the tree
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from filelock import FileLock, Timeout
@@ -33,6 +37,9 @@ from weightpatch.localization import Effects, Engine, Method
 from weightpatch.prompts import ContrastPrompts
 from weightpatch.residuals import BATCH_TOKENS
 from weightpatch.streams import Estimator
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 FORMAT = "weightpatch.run/1"
 LOCK = ".lock"
@@ -187,6 +194,35 @@ class Run:
         found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"points": []}
         return found
 
+    def drill(self, task: str) -> dict[str, Any] | None:
+        """`drill.json` of a task as it is; None where nothing was drilled."""
+        file = self.folder(task) / "drill.json"
+        found: dict[str, Any] | None = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+        return found
+
+    def screening(self, task: str) -> dict[str, Any] | None:
+        """`screen.json` of a task as it is; None where nothing was screened."""
+        file = self.folder(task) / "screen.json"
+        found: dict[str, Any] | None = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+        return found
+
+    def screen_table(self, task: str) -> pd.DataFrame:
+        """`screen.parquet` of a task: what `Screening.table` returns, with recovery by span in columns `span.<name>`.
+
+        Raises:
+            RunError: not there, or damaged.
+        """
+        import pandas as pd
+
+        file = self.folder(task) / "screen.parquet"
+        try:
+            return pd.read_parquet(file)
+        except (OSError, ValueError) as error:
+            raise RunError(
+                f"{self.path} has no readable table of the screening of {task!r} ({error}). Delete screen.json beside "
+                f"{file} and screen again: weightpatch screen {self.path}"
+            ) from error
+
     def n_missing(self, task: str) -> int:
         """How many of a task's planned components have no effects yet.
 
@@ -312,6 +348,28 @@ def write_whole(file: Path, text: str) -> None:
     partial = file.with_name(file.name + ".partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(file)
+
+
+def settle(run: Run, task: str, stage: str, settings: dict[str, Any]) -> bool:
+    """Note the settings of a stage before it begins, in `<stage>.settings.json`; tell whether it is done already.
+
+    Raises:
+        RunError: it was begun with other settings.
+    """
+    wanted = json.loads(json.dumps(settings))
+    file = run.folder(task) / f"{stage}.settings.json"
+    if file.is_file() and (then := json.loads(file.read_text(encoding="utf-8"))) != wanted:
+        changes = [
+            f"{name}: {then.get(name)!r} then, {wanted[name]!r} now"
+            for name in wanted
+            if then.get(name) != wanted[name]
+        ]
+        raise RunError(
+            f"{run.folder(task)} holds a {stage} with other settings ({'; '.join(changes)}). Repeat them, or delete "
+            f"its files {stage}.*"
+        )
+    write_whole(file, json.dumps(wanted) + "\n")
+    return (run.folder(task) / f"{stage}.json").is_file()
 
 
 def refusal(run: Run, changes: list[str]) -> RunError:

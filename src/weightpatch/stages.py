@@ -20,9 +20,10 @@ from weightpatch.component import components
 from weightpatch.difference import weight_differences
 from weightpatch.errors import NoGapError, RunError
 from weightpatch.fitting import Gates, fit_anchor, halves
-from weightpatch.localization import plan, reference, sweep
+from weightpatch.localization import plan, sweep
 from weightpatch.pair import ModelPair, check_prompts
 from weightpatch.prompts import BUILT_IN, ContrastPrompts
+from weightpatch.reading import reference
 from weightpatch.residuals import tokens_per_call
 from weightpatch.responses import with_responses
 from weightpatch.run import FORMAT, Progress, Run, RunConfig, check_folder, read_effects, refusal, write_whole

@@ -97,6 +97,51 @@ def print_validation(opened: Run, *, as_json: bool) -> None:
         print_table(("set", "components", "recovery", "KL recovery", "answers that pass"), rows)
 
 
+def print_screening(opened: Run, *, as_json: bool) -> None:
+    """Print a run's screenings: verdict on the estimates, and the leading components of each unit."""
+    found = {task: opened.screening(task) for task in opened.tasks}
+    tables = {task: opened.screen_table(task) for task, record in found.items() if record is not None}
+    leading = {
+        task: {
+            unit: own.assign(best=own["exact_recovery"].fillna(own["recovery"])).nlargest(TOP, "best")
+            for unit, own in table.groupby("unit", sort=False)
+        }
+        for task, table in tables.items()
+    }
+    columns = ["component", "recovery", "exact_recovery"]
+    if as_json:
+        tasks = {
+            task: {
+                "units": record["units"],
+                "top": {unit: top[columns].to_dict(orient="records") for unit, top in leading[task].items()},
+            }
+            for task, record in found.items()
+            if record is not None
+        }
+        print_json({"run": str(opened.path), "tasks": tasks})
+        return
+    for task, record in found.items():
+        print(f"\n{task}:" + ("" if record else f" not screened. {opened.failure(task) or ''}"))
+        for unit, about in (record or {"units": {}})["units"].items():
+            print(f"  {about['verdict']}")
+            best = leading[task][unit].head(5)
+            exact = ["-" if math.isnan(value) else f"{value:.5f}" for value in best["exact_recovery"].astype(float)]
+            estimated = [f"{value:.5f}" for value in best["recovery"]]
+            rows = list(zip(best["component"].astype(str), estimated, exact, strict=True))
+            print_table(("component", "estimated recovery", "exact"), rows)
+
+
+def print_drill(opened: Run, *, as_json: bool) -> None:
+    """Print what a run's drill-downs found, as trees."""
+    found = {task: opened.drill(task) for task in opened.tasks}
+    if as_json:
+        print_json({"run": str(opened.path), "tasks": {task: record for task, record in found.items() if record}})
+        return
+    for task, record in found.items():
+        print(f"\n{task}: recovery, and the sum over parts where a component was opened")
+        print(record["tree"] if record else f"  not drilled. {opened.failure(task) or ''}")
+
+
 def print_evaluation(found: Evaluation, *, as_json: bool) -> None:
     """Print pass rates over the suite and by type, and which types could not be judged."""
     rates, types = found.rates, found.types

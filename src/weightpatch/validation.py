@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,12 +16,14 @@ from weightpatch.anchor import Anchor
 from weightpatch.architecture import embedding_weight
 from weightpatch.behaviour import Answering, Bench
 from weightpatch.component import Component, components, encloses
+from weightpatch.difference import weight_differences
 from weightpatch.errors import PromptError
 from weightpatch.generation import generate
-from weightpatch.localization import Effects, readouts
+from weightpatch.localization import Effects
 from weightpatch.pair import ModelPair
 from weightpatch.patch import Recipient, patched
 from weightpatch.prompts import ContrastPrompts, TokenIds
+from weightpatch.reading import readouts
 from weightpatch.residuals import BATCH_TOKENS, batches, evaluating, pad
 from weightpatch.statistics import Floats, Interval, mean_interval, pass_rate, recovery
 
@@ -242,3 +245,15 @@ def random_like(chosen: Sequence[Component], pool: Sequence[Component], *, seed:
         for unit, members in by_unit.items()
         for member in draw.sample(members, sum(one.unit == unit for one in chosen))
     )
+
+
+def by_difference(pair: ModelPair, pool: Sequence[Component]) -> tuple[Component, ...]:
+    """The components of a pool, the one whose weights moved farthest first (norm of specialized minus base)."""
+    moved = weight_differences(pair, pool)
+    return tuple(one.component for one in sorted(moved, key=lambda one: -one.norm))
+
+
+def leading_like(chosen: Sequence[Component], ranked: Sequence[Component]) -> tuple[Component, ...]:
+    """The first of each unit in another ranking, as many as were chosen of it: so of equal size in parameters too."""
+    counts = Counter(one.unit for one in chosen)
+    return tuple(one for unit, count in counts.items() for one in [own for own in ranked if own.unit == unit][:count])

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from weightpatch.anchor import Anchor
 from weightpatch.architecture import embedding_weight
-from weightpatch.component import Component, Slice, components, slices
+from weightpatch.component import Component, Slice, slices
 from weightpatch.engine import Measured
+from weightpatch.engine.hybrids import Hybrids, hybrid
 from weightpatch.packed.calls import LayerCall, record
 from weightpatch.packed.packing import MOST_TOKENS, Packing, pack
 from weightpatch.pair import ModelPair
@@ -122,61 +123,66 @@ class _Run:
             index=index,
             residual=residual,
         )
-        run.base = run._read(run._rise(residual, 0), 1)[0]
+        run.base = run._read(run._rise(residual, 0))[0]
         return run
 
     def measure(self, chunk: Sequence[Component], layer: int | None) -> Tensor:
         """Patched readouts of components of one layer, not below that of earlier calls; `(component, prompt)`."""
         if layer is None:
-            rows = self._rise(torch.cat([self._embedded(component) for component in chunk]), 0)
-            return self._read(rows, len(chunk))
+            return self._read(self._finish(torch.cat([self._embedded(component) for component in chunk]), chunk, 0))
         while self.layer < layer:
-            self.residual = self._writes.leaving_base if self._writes else self.calls[self.layer](self.residual)
+            self.residual = self._writes.hybrids.leaving if self._writes else self.calls[self.layer](self.residual)
             self.layer += 1
             self._writes = None
         if self._writes is None:
             self._writes = _Writes(
                 self.pair, layer, self.calls[layer], self.residual, only_reads=layer == self.anchor.layer - 1
             )
-        return self._read(self._rise(self._writes.leaving(chunk), layer + 1), len(chunk))
+        return self._read(self._finish(self._writes.leaving(chunk), chunk, layer + 1))
 
-    def _rise(self, rows: Tensor, above: int) -> Tensor:
-        """What reaches the anchor of rows that enter layer `above`: `(row, read, feature)`."""
+    def _finish(self, rows: Tensor, chunk: Sequence[Component], above: int) -> Tensor:
+        """What reaches the anchor of components that have been patched below layer `above`: `(row, read, feature)`."""
+        later = [any((member.layer or 0) >= above for member in component.members) for component in chunk]
+        if not any(later):
+            return self._rise(rows, above)
+        plain = [place for place, goes_on in enumerate(later) if not goes_on]
+        found = dict(zip(plain, self._rise(rows[plain], above), strict=True)) if plain else {}
+        for place, component in enumerate(chunk):
+            if later[place]:
+                found[place] = self._rise(rows[place : place + 1], above, component.members)[0]
+        return torch.stack([found[place] for place in range(len(chunk))])
+
+    def _rise(self, rows: Tensor, above: int, members: Sequence[Component] = ()) -> Tensor:
+        """What reaches the anchor of rows that enter layer `above`, where members lie on the way specialized too.
+
+        Returns:
+            Shape `(row, read, feature)`.
+        """
         if above == self.anchor.layer:  # the layer below it, if there is one, gave the readout positions only
             return rows if above else rows[:, self.reads.to(rows.device)]
-        for call in self.calls[above : self.anchor.layer - 1]:
-            rows = call(rows)
-        return self.calls[self.anchor.layer - 1].last(rows)
+        for number, call in enumerate(self.calls[above:], above):
+            here = [member for member in members if member.layer == number]
+            if here:
+                rows = call(rows, hybrid(self.pair, here, prefix=self.pair.architecture.layer_prefix(number)))
+            elif number < self.anchor.layer - 1:
+                rows = call(rows)
+            else:
+                return call.last(rows)
+        return rows[:, self.reads.to(rows.device)]
 
-    def _read(self, rows: Tensor, n_components: int) -> Tensor:
+    def _read(self, rows: Tensor) -> Tensor:
         read = rows.detach().cpu()[:, self.index].flatten(0, 1)
-        return self.anchor.read(read).view(n_components, -1)
+        return self.anchor.read(read).view(len(rows), -1)
 
     def _embedded(self, component: Component) -> Tensor:
         """The packed row that enters layer 0 with the embedding patched, shape `(1, token, feature)`."""
         entering: list[Tensor] = []
-        weights = _hybrid(self.pair, [component], prefix="")
+        weights = hybrid(self.pair, [one for one in component.members or (component,) if one.layer is None], prefix="")
         walk(
             self.pair.base, self.tokens, 0, lambda _layer, rows, _args, _kwargs: entering.append(rows), weights=weights
         )
         folded: Tensor = self.packing.fold(entering[0])
         return folded
-
-
-def _hybrid(pair: ModelPair, members: Sequence[Component], *, prefix: str) -> dict[str, Tensor]:
-    """Parameters with the members' specialized slices in the base's tensors, named relative to `prefix`."""
-    weights: dict[str, Tensor] = {}
-    for piece in (piece for member in members for piece in slices(pair.architecture, member)):
-        name = piece.parameter.removeprefix(prefix)
-        ours = pair.base.get_parameter(piece.parameter).detach()
-        theirs = pair.specialized_weight(piece.parameter)
-        if piece.of(ours).numel() == ours.numel():
-            weights[name] = theirs.to(ours.device)
-            continue
-        if name not in weights:
-            weights[name] = ours.clone()
-        piece.of(weights[name]).copy_(piece.of(theirs))
-    return weights
 
 
 class _Writes:
@@ -198,16 +204,9 @@ class _Writes:
         self.only_reads = only_reads
         self.family = pair.architecture.family
         self.prefix = pair.architecture.layer_prefix(layer)
-        has_neurons = pair.architecture.n_neurons_of(layer) > 0
-        ends = (self.family.mlp_out,) if has_neurons else ()
-        seen = call.watch(residual, {}, self.family.o, *ends)
-        self.heads_in, self.attention = seen[self.family.o]
-        if has_neurons:
-            self.neurons_in, mlp = seen[self.family.mlp_out]
-            self.mlp = mlp.view_as(residual)
-        self.leaving_base = seen[""][1]
+        self.hybrids = Hybrids.of(pair, layer, call, residual)
+        self.attention = self.hybrids.attention
         self.entering = residual.to(self.attention.device)
-        self._inputs: dict[str, Tensor] = {}
 
     def leaving(self, chunk: Sequence[Component]) -> Tensor:
         """Residual that leaves the layer with each component patched: `(component, token or read, feature)`."""
@@ -219,7 +218,7 @@ class _Writes:
             rows |= zip(attention, self._finish(writes).unsqueeze(1), strict=True)
         neurons = [place for place, component in enumerate(chunk) if self._is_plain_neuron(component)]
         if neurons:
-            mlp = self._wanted(self.mlp) + torch.cat([self._neuron_change(chunk[place]) for place in neurons])
+            mlp = self._wanted(self.hybrids.mlp) + torch.cat([self._neuron_change(chunk[place]) for place in neurons])
             writes = self._wanted(self.attention).expand_as(mlp)
             rows |= zip(neurons, self._finish(writes, mlp=mlp).unsqueeze(1), strict=True)
         for place, component in enumerate(chunk):
@@ -245,7 +244,8 @@ class _Writes:
 
     def _hybrid_rows(self, component: Component) -> Tensor:
         """What leaves the layer when it is called with the component's weights in it."""
-        weights = _hybrid(self.pair, [component], prefix=self.prefix)
+        here = [one for one in component.members or (component,) if one.layer == self.layer]
+        weights = hybrid(self.pair, here, prefix=self.prefix)
         attention = self.attention
         beside = tuple(f"{path}." for path in (*self.family.mlp, *self.family.norm_mlp))
         if not all(name.startswith(beside) for name in weights):
@@ -276,34 +276,18 @@ class _Writes:
 
         Heads read only their own queries and groups feed only their own heads, so one call serves all of them.
         """
-        if unit and unit not in self._inputs:
-            weights = _hybrid(self.pair, self._all_of(unit), prefix=self.prefix)
-            self._inputs[unit] = self.call.watch(self.residual, weights, self.family.o, stop=True)[self.family.o][0]
         size = self.pair.architecture.head_dim
-        heads_in = self._inputs[unit] if unit else self.heads_in
+        heads_in = self.hybrids.heads_in_with(unit) if unit else self.hybrids.heads_in
         return self._wanted(heads_in[..., head * size : (head + 1) * size])
-
-    def _all_of(self, unit: str) -> list[Component]:
-        return [component for component in components(self.pair.architecture, unit) if component.layer == self.layer]
 
     def _neuron_change(self, component: Component) -> Tensor:
         """Change of the MLP's write, shape `(1, token or read, feature)`."""
-        if "neurons" not in self._inputs:  # all of them: whole matrices instead of thousands of slices
-            weights = {
-                f"{path}.{name}": self.pair.specialized_weight(f"{self.prefix}{path}.{name}").to(ours.device)
-                for path in dict.fromkeys(self.family.mlp_in)
-                for name, ours in self.call.layer.get_submodule(path).named_parameters()
-            }
-            self._inputs["neurons"] = self.call.finish(
-                self.entering, weights, attention=self.attention, watch=self.family.mlp_out
-            ).view_as(self.neurons_in)
         index = component.index or 0
         column = self._piece(f"{self.prefix}{self.family.mlp_out}.weight", component)
         ours = column.of(self.pair.base.get_parameter(column.parameter).detach()).flatten()
         theirs = column.of(self.pair.specialized_weight(column.parameter)).flatten().to(ours.device)
-        shape = (1, -1, self.pair.architecture.n_neurons_of(self.layer))
         old, new = (
-            self._wanted(inputs.view(shape))[..., index, None] for inputs in (self.neurons_in, self._inputs["neurons"])
+            self._wanted(inputs)[..., index, None] for inputs in (self.hybrids.neurons_in, self.hybrids.neurons_in_with)
         )
         return new * theirs - old * ours
 

@@ -55,9 +55,9 @@ class LayerCall:
     read_blocks: Blocks
     n_outputs: int
 
-    def __call__(self, residual: Tensor) -> Tensor:
-        """What leaves the layer; shapes `(row, token, feature)`."""
-        return self._run(residual, {})
+    def __call__(self, residual: Tensor, weights: Weights | None = None) -> Tensor:
+        """What leaves the layer, with some weights replaced; shapes `(row, token, feature)`."""
+        return self._run(residual, weights or {})
 
     def last(self, residual: Tensor) -> Tensor:
         """What leaves the layer at the readout positions: `(row, token, feature)` -> `(row, read, feature)`."""
@@ -84,30 +84,42 @@ class LayerCall:
         blocks = self.read_blocks if only_reads else self.blocks
         return self.watch(residual, weights, path, stop=True, blocks=blocks)[path][1]
 
-    def finish(
-        self, residual: Tensor, weights: Weights, *, attention: Tensor, mlp: Tensor | None = None, watch: str = ""
-    ) -> Tensor:
-        """The rest of the layer once its attention has written.
+    def finish(self, residual: Tensor, weights: Weights, *, attention: Tensor, mlp: Tensor | None = None) -> Tensor:
+        """What leaves the layer once its attention has written.
 
         Args:
             residual: Residual stream entering the layer, shape `(row, token, feature)`, at any tokens.
             weights: Parameters that stand in for the layer's own; those of stubbed modules have no effect.
             attention: What the attention writes, same shape.
             mlp: What the MLP writes; None: let it work.
-            watch: A module whose input is wanted instead of what leaves the layer.
         """
+        with self._attention_done(weights, attention, mlp) as kept:
+            return self._run(residual, kept)
+
+    def finish_at(self, path: str, residual: Tensor, weights: Weights, *, attention: Tensor) -> tuple[Tensor, Tensor]:
+        """Input and output of a module behind the attention, once that has written. Arguments as in `finish`."""
+        with self._attention_done(weights, attention, None) as kept:
+            return self.watch(residual, kept, path, stop=True)[path]
+
+    @contextmanager
+    def _attention_done(self, weights: Weights, attention: Tensor, mlp: Tensor | None) -> Iterator[dict[str, Tensor]]:
+        """Let stubs give the known writes, for as long as the block lasts; yields the weights that still count."""
         stubs: dict[str, nn.Module] = {self.family.attn: _Given(attention, n_outputs=self.n_outputs)}
         if mlp is not None:
             stubs |= dict.fromkeys(self.family.mlp[:-1], nn.Identity())
             stubs[self.family.mlp[-1]] = _Given(mlp, n_outputs=0)
         kept = {name: tensor for name, tensor in weights.items() if not name.startswith(tuple(f"{p}." for p in stubs))}
         with _standing_in(self.layer, stubs):
-            if watch:
-                return self.watch(residual, kept, watch, stop=True)[watch][0]
-            return self._run(residual, kept)
+            yield kept
 
     def watch(
-        self, residual: Tensor, weights: Weights, *paths: str, stop: bool = False, blocks: Blocks | None = None
+        self,
+        residual: Tensor,
+        weights: Weights,
+        *paths: str,
+        stop: bool = False,
+        copies: bool = False,
+        blocks: Blocks | None = None,
     ) -> dict[str, tuple[Tensor, Tensor]]:
         """Call the layer and note input and output of some of its modules (`""`: the layer's own).
 
@@ -116,17 +128,22 @@ class LayerCall:
             weights: Parameters that stand in for the layer's own.
             paths: Modules of the layer.
             stop: Stop at the last of them.
+            copies: Hand copies of their outputs on, so that nothing behind them changes what is noted.
             blocks: What queries the attention works on.
         """
         seen: dict[str, tuple[Tensor, Tensor]] = {}
         with ExitStack() as hooks:
             for path in paths:
 
-                def note(_module: nn.Module, args: Any, kwargs: Any, output: Any, path: str = path) -> None:
+                def note(_module: nn.Module, args: Any, kwargs: Any, output: Any, path: str = path) -> Any:
                     entering = args[0] if args else kwargs.get("hidden_states")
-                    seen[path] = (entering, output[0] if isinstance(output, tuple) else output)
+                    found, *others = output if isinstance(output, tuple) else (output,)
+                    seen[path] = (entering, found)
                     if stop and len(seen) == len(paths):
                         raise Done
+                    if not copies:
+                        return None
+                    return (found.clone(), *others) if isinstance(output, tuple) else found.clone()
 
                 module = self.layer.get_submodule(path)
                 hooks.callback(module.register_forward_hook(note, with_kwargs=True).remove)

@@ -99,6 +99,34 @@ def pack(token_ids: Sequence[Sequence[int]], *, most_tokens: int) -> tuple[Packi
     return tuple(_packed(token_ids, tuple(sorted(row))) for row in rows)
 
 
+def side_by_side(token_ids: Sequence[Sequence[int]], *, most_tokens: int) -> tuple[Packing, ...]:
+    """Lay prompts out one behind another, sharing nothing: each token of a row belongs to one prompt alone.
+
+    Args:
+        token_ids: Unpadded prompts.
+        most_tokens: Most tokens of a row; a longer prompt gets a row of its own.
+    """
+    rows: list[list[int]] = []
+    size = 0
+    for place, ids in enumerate(token_ids):
+        size += len(ids)
+        if not rows or size > most_tokens:
+            rows.append([])
+            size = len(ids)
+        rows[-1].append(place)
+    return tuple(_laid_out([len(token_ids[place]) for place in row], tuple(row)) for row in rows)
+
+
+def _laid_out(lengths: Sequence[int], prompts: tuple[int, ...]) -> Packing:
+    starts = [sum(lengths[:place]) for place in range(len(lengths))]
+    return Packing(
+        prompts=prompts,
+        paths=tuple(tuple(range(start, start + length)) for start, length in zip(starts, lengths, strict=True)),
+        owner=torch.tensor([place for place, length in enumerate(lengths) for _ in range(length)]),
+        position=torch.tensor([position for length in lengths for position in range(length)]),
+    )
+
+
 def _shared(one: Sequence[int], other: Sequence[int]) -> int:
     """Tokens that two prompts have in common at their start."""
     limit = min(len(one), len(other))

@@ -14,10 +14,11 @@ import plotly.graph_objects as go
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from weightpatch.report import behaviour, figures, maps
+from weightpatch.report import behaviour, figures, maps, screening
 from weightpatch.report.contents import N_TOP, TaskResult, command, count_words, read_tasks, short_name
 from weightpatch.report.sharing import SERVING_RECOVERY, share
-from weightpatch.report.style import unit_style
+from weightpatch.report.style import span_color, unit_style
+from weightpatch.report.tokens import token_figure
 from weightpatch.run import Run, write_whole
 
 if TYPE_CHECKING:
@@ -51,6 +52,8 @@ def render(run: Run) -> str:
     tasks = read_tasks(run)
     drawn = _Figures()
     tables = {task.name: task.table for task in tasks if task.table is not None}
+    drawn_tasks = [(task, _task_figures(task, run, drawn)) for task in tasks]
+    screens = {task.name: screen for task in tasks if (screen := _screening(task, run, drawn)) is not None}
     scripts = {"plotly": get_plotlyjs(), "figures": _resource("figures.js")}
     return _template().render(
         run=run,
@@ -60,7 +63,7 @@ def render(run: Run) -> str:
         specialized=short_name(run.config.specialized),
         command=command(run),
         parameters=count_words(int(run.manifest["architecture"]["n_parameters"])),
-        tasks=[(task, _task_figures(task, run, drawn)) for task in tasks],
+        tasks=drawn_tasks,
         difference_figure=_difference_figure(run, drawn),
         task_figures=_shared_figures(tables, drawn),
         sharing=share(tables) if len(tables) > 1 else [],
@@ -69,7 +72,9 @@ def render(run: Run) -> str:
         small=_SMALL,
         n_top=N_TOP,
         unit_style=unit_style,
-        css=Markup(_resource("style.css")),  # noqa: S704 - ours
+        screens=screens,
+        span_color=span_color,
+        css=Markup(_resource("style.css") + (_resource("screening.css") if screens else "")),  # noqa: S704 - ours
         scripts={name: Markup(text) for name, text in scripts.items()},  # noqa: S704 - plotly's and ours
         policy=_policy(list(scripts.values())),
     )
@@ -135,6 +140,40 @@ def _task_figures(task: TaskResult, run: Run, drawn: _Figures) -> dict[str, dict
     for recipient in dict.fromkeys(point["recipient"] for point in points):
         found[f"curve_{recipient}"] = behaviour.curve_figure(points, recipient=recipient)
     return {name: drawn.add(figure) for name, figure in found.items()}
+
+
+def _screening(task: TaskResult, run: Run, drawn: _Figures) -> dict[str, object] | None:
+    """What the template needs of a task's screening; None where there is none. Its table is let go of here."""
+    record = run.screening(task.name)
+    if record is None:
+        return None
+    table = run.screen_table(task.name)
+    settings, units = record["settings"], list(record["units"])
+    n_layers = int(run.manifest["architecture"]["n_layers"])
+    place = {"n_layers": n_layers, "anchor_layer": n_layers if task.anchor is None else task.anchor.layer}
+    found: dict[str, go.Figure] = {}
+    if (unit := screening.largest_unit(table)) is not None:
+        found["spread"] = screening.spread_figure(table, unit, **place)
+    if not settings["estimation"]["grad_drop"]:  # sizes that ignore cancelling are not for adding up
+        found["sums"] = screening.sum_figure(table)
+    found["concentration"] = screening.concentration_figure(table)
+    most = screening.MOST_POINTS // max(1, len(units))
+    panels = [screening.agreement_figure(table, unit, most=most) for unit in units]
+    if unit is not None and screening.span_names(table):
+        found["spans"] = screening.span_figure(table, unit, **place)
+    if record["tokens"] is not None and record["tokens"]["components"] and record["tokens"]["texts"]:
+        found["tokens"] = token_figure(record["tokens"])
+    return {
+        **record,
+        "approximation": screening.approximation(settings),
+        "figures": {name: drawn.add(figure) for name, figure in found.items()},
+        "panels": [drawn.add(figure) for figure in panels],
+        "largest": unit,
+        "per_layer": screening.PER_LAYER,
+        "best": screening.best_patched(table, N_TOP),
+        "n_patched": int(table["exact_recovery"].notna().sum()),
+        "shown_spans": list(dict.fromkeys(record["tokens"]["spans"])) if "tokens" in found else [],
+    }
 
 
 def _policy(scripts: list[str]) -> str:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from html import escape
 from typing import TYPE_CHECKING
 
 import plotly.graph_objects as go
@@ -225,11 +224,6 @@ def mark_past_anchor(figure: go.Figure, *, n_layers: int, anchor_layer: int, lab
             showarrow=False,
             font={"size": 11},
         )
-
-
-def task_label(task: str) -> str:
-    """A task's name as it may stand in a figure, whose labels read markup."""
-    return escape(task, quote=False)
 
 
 def layer_tick(n_layers: int) -> int:

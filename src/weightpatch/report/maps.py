@@ -9,10 +9,10 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from weightpatch.component import UNITS, Component
-from weightpatch.report.figures import layer_tick, mark_past_anchor, task_label
+from weightpatch.report.figures import layer_tick, mark_past_anchor
 from weightpatch.report.scores import Score, read_scores
 from weightpatch.report.sharing import serves
-from weightpatch.report.style import DIVERGING, GREY, RECOVERY, styled, unit_style
+from weightpatch.report.style import GREY, color_axis, plain, styled, unit_style
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -93,7 +93,7 @@ def task_map(tables: Mapping[str, pd.DataFrame], units: Sequence[str], *, per_un
     figure = go.Figure()
     trace = {
         **_cells(grid),
-        "x": [task_label(task) for task in tables],
+        "x": [plain(task) for task in tables],
         "y": chosen,
         "text": texts,
         "texttemplate": "%{text}",
@@ -152,24 +152,4 @@ def _scale(grids: Sequence[Grid]) -> dict[str, object]:
     """A diverging scale centred on 0 that reaches the largest value on both sides, and never colours mere rounding."""
     sizes = (abs(score.recovery) for grid in grids for row in grid for score in row if score is not None)
     limit = max(max(sizes, default=0.0), SMALLEST_SCALE)
-    return {
-        "colorscale": [[place / (len(DIVERGING) - 1), color] for place, color in enumerate(DIVERGING)],
-        "cmin": -limit,
-        "cmid": 0,
-        "cmax": limit,
-        "colorbar": {
-            "orientation": "h",
-            "thickness": 9,
-            "lenmode": "pixels",
-            "len": 230,
-            "x": 1,
-            "xanchor": "right",
-            "y": 1,
-            "yanchor": "bottom",
-            "ypad": 7,
-            "title": {"text": RECOVERY, "side": "top", "font": {"size": 11}},
-            "tickfont": {"size": 10},
-            "nticks": 5,
-            "outlinewidth": 0,
-        },
-    }
+    return color_axis(limit)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from html import escape
 
 import plotly.graph_objects as go
 
@@ -55,6 +56,13 @@ UNIT_STYLES: dict[str, UnitStyle] = {
 }
 
 
+SPAN_COLORS: dict[str, str] = {
+    "template": "#7F7F7F", "system": "#CC79A7", "query": "#0072B2", "instruction": "#D55E00", "response": "#009E73",
+    "last": "#E69F00",
+}  # fmt: skip
+"""Spans of a prompt, of the same palette."""
+
+
 def unit_style(unit: str) -> UnitStyle:
     """The style of a unit; a plain one for a unit that has none."""
     return UNIT_STYLES.get(unit, UnitStyle(one=unit, many=unit, color="#7F7F7F", symbol="circle"))
@@ -98,3 +106,43 @@ def styled(figure: go.Figure, *, title: str, height: int, top: int = 44) -> go.F
     margin = {"l": 8, "r": 12, "t": top, "b": 40}
     figure.update_layout(template=TEMPLATE, title_text=title, height=height, margin=margin, autosize=True)
     return figure
+
+
+def plain(text: str) -> str:
+    """Text as it may stand in a figure, whose labels read markup."""
+    return escape(text, quote=False)
+
+
+def span_color(span: str) -> str:
+    """The color of a span of a prompt; grey for one that has none."""
+    return SPAN_COLORS.get(span, "#7F7F7F")
+
+
+def color_axis(limit: float, *, title: str = RECOVERY) -> dict[str, object]:
+    """The diverging scale as a figure's `coloraxis`, centred on 0, its key above the figure's right end.
+
+    Args:
+        limit: Value at both ends.
+        title: Of the key.
+    """
+    return {
+        "colorscale": [[place / (len(DIVERGING) - 1), color] for place, color in enumerate(DIVERGING)],
+        "cmin": -limit,
+        "cmid": 0,
+        "cmax": limit,
+        "colorbar": {
+            "orientation": "h",
+            "thickness": 9,
+            "lenmode": "pixels",
+            "len": 230,
+            "x": 1,
+            "xanchor": "right",
+            "y": 1,
+            "yanchor": "bottom",
+            "ypad": 7,
+            "title": {"text": title, "side": "top", "font": {"size": 11}},
+            "tickfont": {"size": 10},
+            "nticks": 5,
+            "outlinewidth": 0,
+        },
+    }

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from weightpatch.component import Component
-from weightpatch.localization import reference
+from weightpatch.reading import reference
 from weightpatch.residuals import evaluating
 from weightpatch.speed.contestants import LOOPS, Read, open_loop
 from weightpatch.speed.sampling import deal, one_of_each_unit

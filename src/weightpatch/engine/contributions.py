@@ -1,0 +1,301 @@
+"""What the components of one layer contribute to a readout to first order, summed over tokens as asked.
+
+`Writes` multiplies the gradient with the change of what a component writes; `Parameters` multiplies the gradient of the
+parameters with their difference. Both take all components of a unit at once where these do not disturb one another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from weightpatch.component import Component, slices
+from weightpatch.engine.hybrids import Hybrids, Seen, hybrid
+from weightpatch.packed.calls import LayerCall, Weights
+from weightpatch.pair import ModelPair
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Gradients:
+    """Gradient of the readout with respect to what a layer writes, each of shape `(1, token, feature)`.
+
+    Attributes:
+        attention: To the write of its attention module, before any norm behind it.
+        mlp: To the write of its MLP, likewise.
+        leaving: To the residual stream that leaves the layer.
+        modules: Module of the layer -> to its output; only where parameters are asked for.
+    """
+
+    attention: Tensor
+    mlp: Tensor
+    leaving: Tensor
+    modules: Mapping[str, Tensor]
+
+
+class Contributions(Protocol):
+    """Contributions of the components of one layer."""
+
+    def of(self, members: Sequence[Component], gradients: Gradients, sums: Tensor) -> Tensor:
+        """Sum contributions over tokens.
+
+        Args:
+            members: Components of one unit of the layer, of plain MLPs or of experts alone.
+            gradients: The readout's.
+            sums: How often each sum counts each token, shape `(sum, token)`.
+
+        Returns:
+            Shape `(component, sum)`.
+        """
+        ...
+
+
+class Writes:
+    """Gradient times change of write: exact in the component, linear in all that follows it."""
+
+    def __init__(self, hybrids: Hybrids) -> None:
+        self.hybrids = hybrids
+        self.pair = hybrids.pair
+        self.about = hybrids.pair.architecture
+        self.family = self.about.family
+
+    def of(self, members: Sequence[Component], gradients: Gradients, sums: Tensor) -> Tensor:
+        """See `Contributions`."""
+        unit = members[0].unit
+        index = [member.index or 0 for member in members]
+        if unit == "neurons" and members[0].expert is not None:
+            return self._expert_neurons(gradients.mlp, sums)[:, [one.expert or 0 for one in members], index].T
+        if unit == "neurons":
+            return (sums @ self._neurons(gradients.mlp)).T[index]
+        if unit == "heads.o" or (unit in ("heads", "heads.q", "kvs") and self.about.heads_are_independent):
+            return (sums @ self._heads(unit, gradients.attention)).T[index]
+        return torch.stack([sums @ self._alone(member, gradients) for member in members])
+
+    def _neurons(self, gradient: Tensor) -> Tensor:
+        """Contributions `(token, neuron)`."""
+        old, new = self.hybrids.neurons_in[0], self.hybrids.neurons_in_with[0]
+        theirs, ours = (self._columns_along(gradient, self.family.mlp_out, side) for side in (True, False))
+        return new * theirs - old * ours
+
+    def _heads(self, unit: str, gradient: Tensor) -> Tensor:
+        """Contributions `(token, head or group)`."""
+        theirs, ours = (self._columns_along(gradient, self.family.o, side) for side in (True, False))
+        old = self.hybrids.heads_in[0]
+        if unit == "heads":
+            found = self.hybrids.heads_in_with("heads.q")[0] * theirs - old * ours
+        elif unit == "heads.o":
+            found = old * (theirs - ours)
+        else:
+            found = (self.hybrids.heads_in_with(unit)[0] - old) * ours
+        size = self.about.head_dim * (self.about.heads_per_kv if unit == "kvs" else 1)
+        return found.reshape(len(found), -1, size).sum(dim=2)
+
+    def _columns_along(self, gradient: Tensor, path: str, specialized: bool) -> Tensor:
+        """How the readout follows what each column of a last projection is multiplied with, `(token, column)`."""
+        name = f"{self.hybrids.prefix}{path}.weight"
+        ours = self.pair.base.get_parameter(name).detach()
+        weight = self.pair.specialized_weight(name).to(ours.device) if specialized else ours
+        along: Tensor = gradient[0] @ (weight.T if self.family.transposed else weight)
+        return along
+
+    def _expert_neurons(self, gradient: Tensor, sums: Tensor) -> Tensor:
+        """Contributions `(sum, expert, neuron)`: what experts write is linear in their last matrices."""
+        experts = self.family.experts
+        if experts is None:
+            raise TypeError("a family without experts has no expert neurons")
+        ours, theirs = _both(self.pair, self.hybrids.prefix, (*experts.matrices_in, experts.matrix_out))
+        out = experts.matrix_out
+        found = []
+        for side in (theirs, ours):
+            weights = {name: weight for name, weight in side.items() if name != out}
+            products = _mixture_products(
+                self.hybrids.call,
+                (self.hybrids.residual, self.hybrids.attention),
+                {**weights, out: ours[out]},
+                {out: side[out]},
+                gradient=gradient,
+                sums=sums,
+            )
+            found.append(products[out].sum(dim=2))
+        return found[0] - found[1]
+
+    def _alone(self, component: Component, gradients: Gradients) -> Tensor:
+        """Contribution by token of a component that has a call of its own, `(token,)`."""
+        here, call = self.hybrids, self.hybrids.call
+        weights = hybrid(self.pair, [component], prefix=here.prefix)
+        if all(name.startswith(f"{self.family.attn}.") for name in weights):
+            change, gradient = call.attend(here.residual, weights) - here.attention, gradients.attention
+        elif all(name.startswith(tuple(f"{path}." for path in self.family.mlp)) for name in weights):
+            entering = here.residual.to(here.attention.device)
+            write = call.finish_at(self.family.mlp[-1], entering, weights, attention=here.attention)[1]
+            change, gradient = write.view_as(here.mlp) - here.mlp, gradients.mlp
+        else:
+            change, gradient = call(here.residual, weights) - here.leaving, gradients.leaving
+        return (change * gradient)[0].sum(dim=-1)
+
+
+class Parameters:
+    """Gradient of the parameters times their difference, `specialized - base`: linear in everything.
+
+    Every module outside a mixture of experts is affine in its own parameters, so the gradient at its output times the
+    change of that output on the same input is the product that is wanted, token by token.
+
+    Args:
+        pair: The two models.
+        layer: The layer's number.
+        call: The layer.
+        residual: Residual stream entering it where the gradient was taken, shape `(1, token, feature)`.
+        seen: Input and output there of the modules of `parametrized`.
+        weights: Parameters that stood in for the base's.
+    """
+
+    def __init__(
+        self, pair: ModelPair, layer: int, call: LayerCall, residual: Tensor, *, seen: Seen, weights: Weights
+    ) -> None:
+        self.pair = pair
+        self.layer = layer
+        self.call = call
+        self.residual = residual
+        self.seen = seen
+        self.weights = weights
+        self.about = pair.architecture
+        self.family = pair.architecture.family
+        self.prefix = pair.architecture.layer_prefix(layer)
+
+    def of(self, members: Sequence[Component], gradients: Gradients, sums: Tensor) -> Tensor:
+        """See `Contributions`."""
+        first = members[0]
+        if first.unit == "neurons" and first.expert is not None and self.family.experts:
+            mixture = self._mixture(gradients.mlp, sums)
+            found = mixture[self.family.experts.matrix_out].sum(dim=2)
+            for place, name in enumerate(self.family.experts.matrices_in):
+                start = self.family.experts.matrices_in[:place].count(name) * found.shape[-1]
+                found = found + mixture[name].sum(dim=3)[..., start : start + found.shape[-1]]
+            return found[:, [one.expert or 0 for one in members], [one.index or 0 for one in members]].T
+        if first.unit == "neurons":
+            size, inputs = self.about.n_neurons_of(self.layer), self.family.mlp_in
+            found = sums @ self._by_input(f"{self.family.mlp_out}.weight", gradients)
+            for place, path in enumerate(inputs):
+                start = size * inputs[:place].count(path)
+                for name in self._parameters_of(path):
+                    found = found + sums @ self._by_output(name, gradients)[:, start : start + size]
+            return found.T[[member.index or 0 for member in members]]
+        return torch.stack([self._alone(member, gradients, sums) for member in members])
+
+    def _alone(self, component: Component, gradients: Gradients, sums: Tensor) -> Tensor:
+        """Contribution of one component, `(sum,)`."""
+        total = sums.new_zeros(len(sums))
+        for piece in slices(self.about, component):
+            name = piece.parameter.removeprefix(self.prefix)
+            if name.rpartition(".")[0] not in self.seen:
+                total = total + piece.of(self._mixture(gradients.mlp, sums)[name].movedim(0, -1)).flatten(0, -2).sum(0)
+                continue
+            shape = self.about.parameters[piece.parameter]
+            out_axis = 1 if self.family.transposed and len(shape) == 2 else 0
+            if piece.stop - piece.start == shape[piece.axis]:
+                by_token = self._by_output(name, gradients)
+            elif piece.axis == out_axis:
+                by_token = self._by_output(name, gradients)[:, piece.start : piece.stop]
+            else:
+                by_token = self._by_input(name, gradients)[:, piece.start : piece.stop]
+            total = total + sums @ by_token.sum(dim=1)
+        return total
+
+    def _by_output(self, name: str, gradients: Gradients) -> Tensor:
+        """A parameter's part, by the module's outputs: `(token, output)`."""
+        path, _, last = name.rpartition(".")
+        entering, _ = self.seen[path]
+        module = self.call.layer.get_submodule(path)
+        ours, theirs = _both(self.pair, self.prefix, [name])
+        if ours[name].ndim == 2:
+            difference = theirs[name] - ours[name]
+            change = entering @ (difference if self.family.transposed else difference.T)
+        else:
+            change = functional_call(module, {last: theirs[name]}, entering)
+            change = change - functional_call(module, {last: ours[name]}, entering)
+        return self._flat(change) * self._flat(gradients.modules[path])
+
+    def _by_input(self, name: str, gradients: Gradients) -> Tensor:
+        """A matrix's part, by the module's inputs: `(token, input)`."""
+        path = name.rpartition(".")[0]
+        ours, theirs = _both(self.pair, self.prefix, [name])
+        difference = theirs[name] - ours[name]
+        along = self._flat(gradients.modules[path]) @ (difference.T if self.family.transposed else difference)
+        return self._flat(self.seen[path][0]) * along
+
+    def _flat(self, tensor: Tensor) -> Tensor:
+        """`(1, token, ...)` -> `(token, all the rest)`."""
+        return tensor.reshape(self.residual.shape[1], -1)
+
+    def _parameters_of(self, path: str) -> list[str]:
+        return [f"{path}.{name}" for name, _ in self.call.layer.get_submodule(path).named_parameters()]
+
+    def _mixture(self, gradient: Tensor, sums: Tensor) -> dict[str, Tensor]:
+        """Products of a mixture's parameters, shape `(sum, *parameter)` each."""
+        names = [name for path in self.family.mlp for name in self._parameters_of(path)]
+        ours, theirs = _both(self.pair, self.prefix, names)
+        return _mixture_products(
+            self.call,
+            (self.residual, self.seen[self.family.o][1]),
+            {**ours, **self.weights},
+            {name: theirs[name] - ours[name] for name in names},
+            gradient=gradient,
+            sums=sums,
+        )
+
+
+def parametrized(pair: ModelPair, layer: int, call: LayerCall) -> tuple[str, ...]:
+    """Modules of a layer with parameters of their own, those inside a mixture of experts left out."""
+    mixture = () if pair.architecture.n_neurons_of(layer) else tuple(f"{p}." for p in pair.architecture.family.mlp)
+    return tuple(
+        path
+        for path, module in call.layer.named_modules()
+        if any(True for _ in module.parameters(recurse=False)) and not f"{path}.".startswith(mixture or "/")
+    )
+
+
+def _both(pair: ModelPair, prefix: str, names: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Parameters of the base and of the specialized model, by their names within the layer."""
+    ours = {name: pair.base.get_parameter(prefix + name).detach() for name in names}
+    theirs = {name: pair.specialized_weight(prefix + name).to(ours[name].device) for name in ours}
+    return ours, theirs
+
+
+def _mixture_products(
+    call: LayerCall,
+    entering: tuple[Tensor, Tensor],
+    weights: Weights,
+    factors: Mapping[str, Tensor],
+    *,
+    gradient: Tensor,
+    sums: Tensor,
+) -> dict[str, Tensor]:
+    """Gradients of some of a mixture's parameters, one to a sum, times factors: tokens do not meet in an MLP.
+
+    Args:
+        call: The layer.
+        entering: Residual stream that enters it, and what its attention writes.
+        weights: Parameters of the mixture at which the gradient is taken.
+        factors: Parameter -> what its gradient is multiplied with.
+        gradient: The readout's, to the mixture's write, shape `(1, token, feature)`.
+        sums: As in `Contributions`.
+
+    Returns:
+        Parameter -> shape `(sum, *parameter)`.
+    """
+    leaves = {name: weights[name].detach().requires_grad_() for name in factors}
+    residual, attention = entering
+    with torch.enable_grad():
+        path = call.family.mlp[-1]
+        write = call.finish_at(path, residual.to(attention.device), {**weights, **leaves}, attention=attention)[1]
+        along = (write.view_as(gradient) * gradient)[0].sum(dim=-1)
+    found: dict[str, list[Tensor]] = {name: [] for name in factors}
+    for row in sums:
+        grads = torch.autograd.grad(along, [*leaves.values()], row, retain_graph=True, allow_unused=True)
+        for (name, factor), grad in zip(factors.items(), grads, strict=True):
+            found[name].append(torch.zeros_like(factor) if grad is None else grad * factor)
+    return {name: torch.stack(products) for name, products in found.items()}
