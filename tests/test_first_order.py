@@ -52,7 +52,7 @@ def test_integrated_estimates_equal_those_of_plain_autograd(shape: str) -> None:
     pair = build_pair(shape, dtype=torch.float64)
     chosen = some_of_every_unit(pair, below=ANCHOR.layer)
     truth = against(first_order_oracle.integrated, pair, chosen, n_steps=3)
-    found = estimate(pair, chosen, approximation="integrated", n_steps=3)
+    found = estimate(pair, chosen, approximation="ig", n_steps=3)
     torch.testing.assert_close(found, truth, rtol=0, atol=1e-6 * float(truth.abs().max()))
 
 
@@ -70,7 +70,7 @@ def test_integrated_estimates_of_all_parameters_add_up_to_the_gap(shape: str) ->
     pair = build_pair(shape, dtype=torch.float64)
     parts = partition(pair.architecture, "neurons")
     below = [one for one in parts if one.address == "embed" or (one.layer is not None and one.layer < ANCHOR.layer)]
-    found = estimate(pair, below, approximation="integrated", n_steps=64).sum(dim=0)
+    found = estimate(pair, below, approximation="ig", n_steps=64).sum(dim=0)
     base, specialized = (
         swap.readouts(model, PROMPTS, ANCHOR, batch_tokens=99) for model in (pair.base, pair.specialized)
     )
@@ -131,7 +131,5 @@ def test_the_estimate_of_a_set_is_the_sum_of_its_members() -> None:
 
 def test_an_unknown_approximation_is_refused() -> None:
     pair = build_pair("llama-gqa", dtype=torch.float64)
-    with pytest.raises(
-        ComponentError, match=r"unknown approximation 'ig'\. Choose one of outputs, weights, integrated"
-    ):
-        estimate(pair, [Component.parse("L0")], approximation="ig")
+    with pytest.raises(ComponentError, match=r"unknown approximation 'gradient'\. Choose one of outputs, weights, ig"):
+        estimate(pair, [Component.parse("L0")], approximation="gradient")

@@ -230,7 +230,7 @@ def test_every_patched_component_is_a_point_and_one_set_is_told_from_the_other(t
     kept = [value for trace in few.data if trace.mode == "markers" for value in trace.x]
     assert len(kept) == 10
     assert [min(kept), max(kept)] == pytest.approx([own["recovery"].min(), own["recovery"].max()], rel=1e-3)
-    assert few.layout.title.text.endswith("10 are drawn")
+    assert few.layout.title.text.endswith("10 drawn")
 
 
 def test_spans_add_up_to_the_layers_sum(table: pd.DataFrame) -> None:

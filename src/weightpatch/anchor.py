@@ -16,6 +16,9 @@ from torch import Tensor
 
 from weightpatch.errors import AnchorError
 from weightpatch.pair import ModelPair
+from weightpatch.prompts import TokenIds, TokenizedPrompts
+from weightpatch.reader import Reader
+from weightpatch.residuals import readout_index
 
 Readout = Literal["projection", "cosine", "contrast"]
 Span = Literal["prompt", "answer"]
@@ -176,28 +179,32 @@ class Anchor:
         Returns:
             Shape `(...)`, float64, on the CPU.
         """
-        residual = residual.detach().cpu().to(torch.float64)
+        return self._project(residual.detach())
+
+    @property
+    def is_difference(self) -> bool:
+        """Whether two runs are subtracted: with the instruction minus without."""
+        return self.readout == "contrast"
+
+    def sequences(self, prompts: TokenizedPrompts) -> tuple[TokenIds, ...]:
+        """What the models run on: prompts with their instruction; behind them those without, for a contrast."""
+        return prompts.with_instruction + (prompts.without_instruction if self.is_difference else ())
+
+    def reader(self, token_ids: Sequence[Sequence[int]]) -> Reader:
+        """Prepare for given sequences of tokens.
+
+        Raises:
+            AnchorError: one is too short for a readout position.
+        """
+        places = readout_index(token_ids, self.positions).tolist()
+        return Reader(layer=self.layer, places=tuple(map(tuple, places)), score=lambda _, found: self._project(found))
+
+    def _project(self, residual: Tensor) -> Tensor:
+        residual = residual.cpu().to(torch.float64)
         projection = residual @ self.direction
         if self.readout == "cosine":
             projection = projection / residual.norm(dim=-1)
         return projection.mean(dim=-1)
-
-    def gradient(self, residual: Tensor) -> Tensor:
-        """How the readout changes with the residual.
-
-        Args:
-            residual: As for `read`.
-
-        Returns:
-            The same shape, float32 at least, on the CPU.
-        """
-        residual = residual.detach().cpu().to(torch.promote_types(residual.dtype, torch.float32)).requires_grad_()
-        with torch.enable_grad():
-            projection = residual @ self.direction.to(residual.dtype)
-            if self.readout == "cosine":
-                projection = projection / residual.norm(dim=-1)
-            (gradient,) = torch.autograd.grad(projection.mean(dim=-1).sum(), residual)
-        return gradient
 
     def check(self, pair: ModelPair) -> None:
         """Raise unless the anchor fits the pair.

@@ -208,9 +208,9 @@ def screen(
     units: Units = "neurons,heads,kvs",
     budget: Annotated[int, typer.Option(min=2, help="Components to patch exactly, in every task.")] = 200,
     approximation: Annotated[
-        str, typer.Option(help="outputs (exact in the component), weights, or integrated (over the way between both).")
+        str, typer.Option(help="outputs (exact in the component), weights, or ig (integrated gradients, joint).")
     ] = "outputs",
-    n_steps: Annotated[int, typer.Option(min=1, help="Points of `integrated`.")] = 8,
+    n_steps: Annotated[int, typer.Option(min=1, help="Points of `ig`.")] = 8,
     grad_drop: Annotated[
         bool, typer.Option("--grad-drop", help="Sizes that cancelling does not hide; many more backward passes.")
     ] = False,

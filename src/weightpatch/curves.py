@@ -105,7 +105,7 @@ def validate(run: Run, pair: ModelPair, settings: CurveSettings) -> Iterator[Pro
         answering = None
         if settings.answers and can_judge(pair, prompts):
             answering = Answering(max_new_tokens=settings.max_new_tokens)
-        references = read_references(pair, prompts, effects.anchor, batch_tokens=run.pass_tokens)
+        references = read_references(pair, prompts, run.anchor(task), batch_tokens=run.pass_tokens)
         for done, point in enumerate(missing, len(known) + 1):
             measured = measure_patch(
                 pair,

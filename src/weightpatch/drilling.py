@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from weightpatch.anchor import Anchor
 from weightpatch.architecture import Architecture
 from weightpatch.component import Component, components
 from weightpatch.errors import ComponentError
 from weightpatch.localization import ComponentEffect, Effects, Engine, localize, sweep
 from weightpatch.pair import ModelPair
 from weightpatch.prompts import ContrastPrompts
+from weightpatch.reading import Target
 from weightpatch.statistics import check_gap
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def short(address: str) -> str:
 def drill(
     pair: ModelPair,
     prompts: ContrastPrompts,
-    anchor: Anchor,
+    anchor: Target,
     *,
     budget: int = BUDGET,
     n_groups: int = N_GROUPS,
@@ -149,7 +149,7 @@ def drill(
 def steps(
     pair: ModelPair,
     prompts: ContrastPrompts,
-    anchor: Anchor,
+    anchor: Target,
     *,
     budget: int,
     n_groups: int,

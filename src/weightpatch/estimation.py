@@ -12,9 +12,9 @@ from weightpatch.anchor import Anchor
 from weightpatch.component import Component
 from weightpatch.engine.first_order import N_STEPS, Approximation, estimate
 from weightpatch.errors import ComponentError
-from weightpatch.pair import ModelPair, check_prompts
+from weightpatch.pair import ModelPair
 from weightpatch.prompts import ContrastPrompts
-from weightpatch.reading import inputs
+from weightpatch.reading import Target, check_target, inputs
 from weightpatch.residuals import BATCH_TOKENS
 from weightpatch.spans import SPANS, token_spans
 
@@ -24,8 +24,8 @@ class Estimation:
     """How effects are estimated; see `engine.first_order.estimate`.
 
     Attributes:
-        approximation: `outputs`, `weights` or `integrated`.
-        n_steps: Points between the two models, for `integrated`.
+        approximation: `outputs`, `weights` or `ig` (integrated gradients).
+        n_steps: Points between the two models, for `ig`.
         grad_drop: Sizes of effects, without those that cancel being overlooked: for finding candidates, not for adding
             up.
     """
@@ -52,7 +52,7 @@ class Estimates:
 def estimate_effects(
     pair: ModelPair,
     prompts: ContrastPrompts,
-    anchor: Anchor,
+    anchor: Target,
     below: Sequence[Component],
     how: Estimation,
     *,
@@ -72,22 +72,22 @@ def estimate_effects(
         ComponentError: an unknown approximation, or `grad_drop` with a contrast readout.
         PromptError: prompts that the models cannot read.
     """
-    contrast = anchor.readout == "contrast"
-    if contrast and how.grad_drop:
-        raise ComponentError("grad_drop gives sizes, which a contrast cannot subtract. Use a projection readout.")
-    check_prompts(pair, prompts, positions=anchor.positions, both_sides=contrast)
+    if anchor.is_difference and how.grad_drop:
+        raise ComponentError(
+            "grad_drop gives sizes, which cannot be subtracted: use a projection, cosine or divergence."
+        )
+    check_target(pair, prompts, anchor)
     token_ids = inputs(pair, prompts, anchor)
     n = len(prompts)
-    spans: list[Sequence[str]] = []
-    if not contrast and not how.grad_drop:
-        spans = [*token_spans(prompts, pair.tokenizer)]
+    spans = [] if how.grad_drop else _spans(pair, prompts, anchor, token_ids)
     names = [span for span in SPANS if any(span in row for row in spans)]
     sums = []
     for place, ids in enumerate(token_ids):
         rows = torch.zeros(n + len(names), len(ids))
-        rows[place % n] = 1 if place < n else -1
+        sign = 1 if place < n else -1
+        rows[place % n] = sign
         for number, name in enumerate(names):
-            rows[n + number] = torch.tensor([float(span == name) / n for span in spans[place]])
+            rows[n + number] = torch.tensor([sign * float(span == name) / n for span in spans[place]])
         sums.append(rows)
     found = estimate(
         pair,
@@ -106,6 +106,19 @@ def estimate_effects(
     )
 
 
+def _spans(
+    pair: ModelPair, prompts: ContrastPrompts, target: Target, token_ids: Sequence[Sequence[int]]
+) -> list[tuple[str, ...]]:
+    """The span of every token of each sequence; none where a second one is not the same prompt, as in a contrast."""
+    if isinstance(target, Anchor):
+        return [] if target.is_difference else [*token_spans(prompts, pair.tokenizer)]
+    known = token_spans(prompts.without_responses(), pair.tokenizer)
+    return [
+        (*known[place % len(known)], *["response"] * (len(ids) - len(known[place % len(known)])))
+        for place, ids in enumerate(token_ids)
+    ]
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TokenEstimates:
     """Where in one prompt components act.
@@ -122,22 +135,22 @@ class TokenEstimates:
 
 
 def estimate_tokens(
-    pair: ModelPair, prompts: ContrastPrompts, anchor: Anchor, chosen: Sequence[Component], how: Estimation
+    pair: ModelPair, prompts: ContrastPrompts, anchor: Target, chosen: Sequence[Component], how: Estimation
 ) -> TokenEstimates:
     """Split the effects of some components on one prompt by token.
 
     Args:
         pair: The two models.
         prompts: A single prompt.
-        anchor: What is read; no contrast.
+        anchor: What is read: an anchor without contrast.
         chosen: Components that reach it, in any order.
         how: The approximation, without `grad_drop`.
 
     Raises:
         ComponentError: more than one prompt, a contrast, or `grad_drop`.
     """
-    if len(prompts) != 1 or anchor.readout == "contrast" or how.grad_drop:
-        raise ComponentError("effects are split by token for a single prompt, no contrast readout and no grad_drop.")
+    if len(prompts) != 1 or not isinstance(anchor, Anchor) or anchor.is_difference or how.grad_drop:
+        raise ComponentError("effects are split by token for one prompt, an anchor without contrast, no grad_drop.")
     (ids,) = inputs(pair, prompts, anchor)
     found = estimate(
         pair,

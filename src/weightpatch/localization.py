@@ -15,9 +15,9 @@ from weightpatch.component import Component, components
 from weightpatch.engine import Sweep, suffix, swap
 from weightpatch.errors import AnchorError, ComponentError
 from weightpatch.estimation import Estimation, estimate_effects
-from weightpatch.pair import ModelPair, check_prompts
+from weightpatch.pair import ModelPair
 from weightpatch.prompts import ContrastPrompts
-from weightpatch.reading import contrasted, inputs, reference
+from weightpatch.reading import Target, check_target, contrasted, inputs, reference
 from weightpatch.residuals import BATCH_TOKENS, tokens_per_call
 from weightpatch.statistics import check_gap, recovery
 
@@ -43,7 +43,7 @@ class Effects:
         queries: The base query of each; prompts of one query are resampled together in intervals.
         past_anchor: Components asked for that lie at or past the anchor. Their effect on it is 0 by construction, so
             they were not measured and are not among `components`.
-        anchor: What was read.
+        anchor: What was read: an anchor, or a readout of the output.
         method: How effects were found: `exact` or `first-order`.
         engine: By which code; for estimates, by which approximation.
         per_span: Span of tokens -> mean over prompts of what acts there, shape `(component,)`; estimates only, which
@@ -57,7 +57,7 @@ class Effects:
     prompt_ids: tuple[str, ...]
     queries: tuple[str, ...]
     past_anchor: tuple[Component, ...]
-    anchor: Anchor
+    anchor: Target
     method: str
     engine: str
     per_span: Mapping[str, Tensor] = field(default_factory=dict)
@@ -111,8 +111,8 @@ class Effects:
 
         if not self.per_span:
             raise ComponentError(
-                f"these effects ({self.method}, {self.engine}, readout {self.anchor.readout}) are no sums over tokens. "
-                'Use localize(..., method="first-order") with a projection or cosine readout, without grad_drop.'
+                f"these effects ({self.method}, {self.engine}) are no sums over the tokens of these prompts. "
+                'Use localize(..., method="first-order"), no contrast readout, no grad_drop.'
             )
         gap = check_gap(self.gap.numpy(), groups=self.queries).estimate
         shares = {span: values.numpy() / gap for span, values in self.per_span.items()}
@@ -145,7 +145,7 @@ class ComponentEffect:
 def localize(
     pair: ModelPair,
     prompts: ContrastPrompts,
-    anchor: Anchor,
+    anchor: Target,
     *,
     units: str | Sequence[str | Component] = "heads,mlps",
     method: Method = "exact",
@@ -159,7 +159,7 @@ def localize(
     Args:
         pair: The two models.
         prompts: All of them are used, with their instruction.
-        anchor: What to read.
+        anchor: What to read: an anchor, or what the output says (`weightpatch.outputs`: `Margin`, `Divergence`).
         units: Units (`heads`, `kvs`, `mlps`, ...) and addresses (`L5.N812`), in one string with commas or a sequence.
         method: `exact`: the weights are really in place. `first-order`: all components at once, from one forward and
             one backward pass; see `weightpatch.screening` for how good that is on a pair.
@@ -177,7 +177,7 @@ def localize(
         AnchorError: the anchor does not fit the pair, or nothing asked for lies below it.
         PromptError: text without a tokenizer, or tokens outside the vocabulary.
     """
-    if anchor.report is not None and not anchor.report.stable:
+    if isinstance(anchor, Anchor) and anchor.report is not None and not anchor.report.stable:
         failed = ", ".join(gate.name for gate in anchor.report.gates if not gate.passed)
         warnings.warn(f"the anchor is unstable: it failed {failed}; recoveries on it may mean little", stacklevel=2)
     below, past = plan(pair, anchor, units)
@@ -194,6 +194,7 @@ def localize(
         "method": method,
     }
     if method == "first-order":
+        _check_head(pair, below, anchor)
         how = estimation or Estimation()
         estimates = estimate_effects(pair, prompts, anchor, below, how, batch_tokens=batch_tokens)
         return Effects(**about, per_prompt=estimates.per_prompt, per_span=estimates.per_span, engine=how.approximation)
@@ -206,7 +207,7 @@ def localize(
 
 
 def plan(
-    pair: ModelPair, anchor: Anchor, units: str | Sequence[str | Component]
+    pair: ModelPair, anchor: Target, units: str | Sequence[str | Component]
 ) -> tuple[tuple[Component, ...], tuple[Component, ...]]:
     """What a sweep would patch: components that can reach the anchor, and those at or past it, which cannot.
 
@@ -214,7 +215,8 @@ def plan(
         ComponentError: an unknown unit or address.
         AnchorError: the anchor does not fit the pair, or nothing lies below it.
     """
-    anchor.check(pair)
+    if isinstance(anchor, Anchor):
+        anchor.check(pair)
     wanted = components(pair.architecture, units)
     below = tuple(component for component in wanted if reaches(component, anchor))
     past = tuple(component for component in wanted if not reaches(component, anchor))
@@ -226,17 +228,19 @@ def plan(
     return below, past
 
 
-def reaches(component: Component, anchor: Anchor) -> bool:
-    """Whether what a component writes, or one member of a set, can reach the residual stream that the anchor reads."""
+def reaches(component: Component, anchor: Target) -> bool:
+    """Whether what a component writes, or one member of a set, can reach what is read."""
     if component.members:
         return any(reaches(member, anchor) for member in component.members)
+    if not isinstance(anchor, Anchor):
+        return True
     return component.address == "embed" if component.layer is None else component.layer < anchor.layer
 
 
 def sweep(
     pair: ModelPair,
     prompts: ContrastPrompts,
-    anchor: Anchor,
+    anchor: Target,
     below: Sequence[Component],
     *,
     method: Method = "exact",
@@ -257,12 +261,14 @@ def sweep(
         skip: Components already known. They may come again where they share a forward call with others.
     """
     _check_method(method, engine)
+    if method == "first-order" or engine == "suffix":
+        _check_head(pair, below, anchor)
     if method == "first-order":
         estimates = estimate_effects(pair, prompts, anchor, below, Estimation(), batch_tokens=batch_tokens)
         for component, effects in zip(below, estimates.per_prompt, strict=True):
             yield ComponentEffect(component=component, per_prompt=effects)
         return
-    check_prompts(pair, prompts, positions=anchor.positions, both_sides=anchor.readout == "contrast")
+    check_target(pair, prompts, anchor)
     token_ids = inputs(pair, prompts, anchor)
     width = batch_tokens or (tokens_per_call(pair.base) if engine == "suffix" else BATCH_TOKENS)
     for measured in ENGINES[engine](pair, token_ids, anchor, below, batch_tokens=width, skip=skip):
@@ -275,3 +281,16 @@ def _check_method(method: str, engine: str) -> None:
         raise ComponentError(f"unknown method {method!r}. Choose one of {', '.join(get_args(Method))}.")
     if engine not in ENGINES:
         raise ComponentError(f"unknown engine {engine!r}. Choose one of {', '.join(ENGINES)}.")
+
+
+def _check_head(pair: ModelPair, below: Sequence[Component], anchor: Target) -> None:
+    """Raise for components behind the last layer, where what is read is read through them."""
+    if isinstance(anchor, Anchor):
+        return
+    tied = not pair.architecture.parameters_under(pair.architecture.family.unembed)
+    head = {"norm", "unembed", *(("embed",) if tied else ())}
+    if named := [str(one) for one in below if head & {part.address for part in one.members or (one,)}]:
+        raise ComponentError(
+            f"{', '.join(named[:4])}: the output is read through the base's norm and head, which only "
+            f'engine="swap" patches. Leave {"it" if len(named) == 1 else "them"} out, or use that.'
+        )

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from weightpatch.agreement import Agreement, LayerError, agreement, is_poor, missed_at_most, poor_layers
-from weightpatch.anchor import Anchor
 from weightpatch.component import Component
 from weightpatch.errors import ComponentError
 from weightpatch.estimation import Estimation
 from weightpatch.localization import ComponentEffect, Effects, Engine, localize, sweep
 from weightpatch.pair import ModelPair
 from weightpatch.prompts import ContrastPrompts
+from weightpatch.reading import Target
 from weightpatch.statistics import check_gap
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ class Screening:
 def screen(
     pair: ModelPair,
     prompts: ContrastPrompts,
-    anchor: Anchor,
+    anchor: Target,
     *,
     units: str | Sequence[str | Component] = "neurons,heads,kvs",
     budget: int = BUDGET,

@@ -8,23 +8,21 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from weightpatch.anchor import Anchor
-from weightpatch.architecture import embedding_weight
 from weightpatch.behaviour import Answering, Bench
 from weightpatch.component import Component, components, encloses
 from weightpatch.difference import weight_differences
 from weightpatch.errors import PromptError
 from weightpatch.generation import generate
 from weightpatch.localization import Effects
+from weightpatch.outputs import forced_log_probs
 from weightpatch.pair import ModelPair
 from weightpatch.patch import Recipient, patched
 from weightpatch.prompts import ContrastPrompts, TokenIds
 from weightpatch.reading import readouts
-from weightpatch.residuals import BATCH_TOKENS, batches, evaluating, pad
+from weightpatch.residuals import BATCH_TOKENS
 from weightpatch.statistics import Floats, Interval, mean_interval, pass_rate, recovery
 
 N_RESPONSE_TOKENS = 24
@@ -175,40 +173,6 @@ def measure_patch(
         n_passed=n_passed,
         n_prompts=len(prompts),
     )
-
-
-def forced_log_probs(
-    model: PreTrainedModel,
-    token_ids: Sequence[TokenIds],
-    responses: Sequence[TokenIds],
-    *,
-    batch_tokens: int = BATCH_TOKENS,
-) -> list[Tensor]:
-    """Next-token log-probabilities along given responses (teacher forcing).
-
-    Args:
-        model: Any causal language model.
-        token_ids: Prompts, unpadded.
-        responses: What is forced behind each; an empty one counts as one token to predict.
-        batch_tokens: Most tokens of one forward pass.
-
-    Returns:
-        For each prompt, in order, `(token, vocabulary)`, float32, on the CPU: one row for every token of the response.
-    """
-    # The response's last token predicts nothing that is compared, so it need not be run.
-    whole = [(*prompt, *response[:-1]) for prompt, response in zip(token_ids, responses, strict=True)]
-    found: dict[int, Tensor] = {}
-    with evaluating(model):
-        for batch in batches(whole, batch_tokens):
-            tokens = pad([whole[place] for place in batch], embedding_weight(model).device)
-            start = min(len(token_ids[place]) for place in batch) - 1
-            kept = torch.arange(start, tokens.shape[1], device=tokens.device)
-            logits = model(input_ids=tokens, use_cache=False, logits_to_keep=kept).logits
-            for row, place in enumerate(batch):
-                first = len(token_ids[place]) - 1 - start
-                own = logits[row, first : first + max(1, len(responses[place]))]
-                found[place] = torch.log_softmax(own.float(), dim=-1).cpu()
-    return [found[place] for place in range(len(whole))]
 
 
 def _divergences(reference: Iterable[Tensor], found: Iterable[Tensor]) -> Floats:

@@ -11,9 +11,9 @@ from typing import Protocol
 
 from torch import Tensor
 
-from weightpatch.anchor import Anchor
 from weightpatch.component import Component
 from weightpatch.pair import ModelPair
+from weightpatch.reader import Readable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,13 +32,13 @@ class Measured:
 
 
 class Sweep(Protocol):
-    """Patch every component in turn and read the anchor's projection."""
+    """Patch every component in turn and read."""
 
     def __call__(
         self,
         pair: ModelPair,
         token_ids: Sequence[Sequence[int]],
-        anchor: Anchor,
+        anchor: Readable,
         components: Sequence[Component],
         *,
         batch_tokens: int,
@@ -49,7 +49,7 @@ class Sweep(Protocol):
         Args:
             pair: The two models.
             token_ids: Unpadded prompts.
-            anchor: Where and along what to read.
+            anchor: What to read, and where.
             components: What to patch; ordered by layer.
             batch_tokens: Most tokens of one forward call, with padding where an engine pads.
             skip: Components already known. They may be measured again where they share a call with others, so that a

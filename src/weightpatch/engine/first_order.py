@@ -2,7 +2,7 @@
 
 On the way down the readout's gradient reaches what every layer writes; there the layer is called once more with
 specialized weights on the base's residual. `outputs` multiplies the gradient with the change of a component's own
-write, `weights` the gradient of its parameters with their difference, `integrated` the same with all parameters at
+write, `weights` the gradient of its parameters with their difference, `ig` the same with all parameters at
 points between the two models. Prompts lie side by side in rows, nothing shared, so that each token's part belongs to
 one prompt.
 """
@@ -18,7 +18,6 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from weightpatch.anchor import Anchor
 from weightpatch.architecture import embedding_weight
 from weightpatch.component import Component
 from weightpatch.engine.contributions import Contributions, Gradients, Parameters, Writes, parametrized
@@ -27,16 +26,17 @@ from weightpatch.errors import ComponentError
 from weightpatch.packed.calls import LayerCall, record
 from weightpatch.packed.packing import MOST_TOKENS, Packing, side_by_side
 from weightpatch.pair import ModelPair
-from weightpatch.residuals import evaluating, pad, readout_index, walk
+from weightpatch.reader import Readable, Reader
+from weightpatch.residuals import evaluating, pad, walk
 
-Approximation = Literal["outputs", "weights", "integrated"]
+Approximation = Literal["outputs", "weights", "ig"]
 N_STEPS = 8
 
 
 def estimate(
     pair: ModelPair,
     token_ids: Sequence[Sequence[int]],
-    anchor: Anchor,
+    anchor: Readable,
     components: Sequence[Component],
     *,
     sums: Sequence[Tensor],
@@ -54,8 +54,9 @@ def estimate(
         components: Ordered by layer. The estimate of a set is the sum of its members'.
         sums: For each prompt, how often each sum counts each of its tokens, shape `(sum, token)`.
         approximation: `outputs`: exact in the component itself, linear downstream. `weights`: linear in its parameters.
-            `integrated`: `weights` averaged over the points between the models, so that the parts add up to the whole.
-        n_steps: Points of `integrated`: (k - 1/2) / n_steps of the way, k = 1 to n_steps.
+            `ig`, integrated gradients: `weights` averaged over points between the models, all parameters moved at once,
+            so that the parts of a partition add up to the whole gap; what a component is worth within all the rest.
+        n_steps: Points of `ig`: (k - 1/2) / n_steps of the way, k = 1 to n_steps.
         grad_drop: Absolute values, averaged over backward passes each of which leaves out one layer between component
             and anchor, so that effects that cancel are not overlooked.
         batch_tokens: Most tokens of a row of prompts.
@@ -74,12 +75,13 @@ def estimate(
     singles = tuple(dict.fromkeys(one for component in components for one in component.members or (component,)))
     place = {component: number for number, component in enumerate(singles)}
     found = torch.zeros(len(singles), sums[0].shape[0], dtype=torch.float64)
-    points = [(step + 0.5) / n_steps for step in range(n_steps)] if approximation == "integrated" else [0.0]
+    points = [(step + 0.5) / n_steps for step in range(n_steps)] if approximation == "ig" else [0.0]
     groups = _grouped(single for single in singles if single.layer is None or single.layer < anchor.layer)
+    reader = anchor.reader(token_ids)
     with evaluating(pair.base):
         for packing in side_by_side(token_ids, most_tokens=min(batch_tokens, MOST_TOKENS)):
             texts = [token_ids[prompt] for prompt in packing.prompts]
-            row = _Row.start(pair, packing, texts, anchor, [sums[prompt] for prompt in packing.prompts])
+            row = _Row.start(pair, packing, texts, reader, [sums[prompt] for prompt in packing.prompts])
             for point in points:
                 for members, part in row.descend(groups, approximation, point, grad_drop=grad_drop):
                     found[[place[member] for member in members]] += part.cpu().double() / len(points)
@@ -103,22 +105,22 @@ class _Row:
 
     Attributes:
         pair: The two models.
-        anchor: What is read.
+        reader: What is read, and where.
         packing: How the prompts lie.
         tokens: Right-padded, shape `(prompt, token)`.
         calls: The base's layers below the anchor.
         residual: Base residual stream entering layer 0, shape `(1, token, feature)`.
-        places: For each prompt, where it is read, shape `(prompt, position)`.
+        places: For each prompt, where it is read, shape `(position,)`.
         sums: Shape `(sum, token)`.
     """
 
     pair: ModelPair
-    anchor: Anchor
+    reader: Reader
     packing: Packing
     tokens: Tensor
     calls: tuple[LayerCall, ...]
     residual: Tensor
-    places: Tensor
+    places: tuple[Tensor, ...]
     sums: Tensor
 
     @classmethod
@@ -127,16 +129,18 @@ class _Row:
         pair: ModelPair,
         packing: Packing,
         token_ids: Sequence[Sequence[int]],
-        anchor: Anchor,
+        reader: Reader,
         sums: Sequence[Tensor],
     ) -> _Row:
         tokens = pad(token_ids, embedding_weight(pair.base).device)
-        places = torch.tensor(packing.paths_at(readout_index(token_ids, anchor.positions).tolist()))
-        calls, residual = record(pair.base, tokens, packing, anchor.layer, places.flatten())
+        places = tuple(
+            torch.tensor(path) for path in packing.paths_at([reader.places[prompt] for prompt in packing.prompts])
+        )
+        calls, residual = record(pair.base, tokens, packing, reader.layer, torch.cat(places))
         whole = torch.cat(list(sums), dim=1).to(residual)
         return cls(
             pair=pair,
-            anchor=anchor,
+            reader=reader,
             packing=packing,
             tokens=tokens,
             calls=calls,
@@ -165,7 +169,7 @@ class _Row:
         for layer, call in enumerate(self.calls):
             entering.append(call(entering[-1], self._between(layer, point)))
         gradients = [self._seed(entering.pop())]  # the plain one; with `grad_drop` one for each layer left out, too
-        for layer in reversed(range(self.anchor.layer)):
+        for layer in reversed(range(self.reader.layer)):
             contributions, leaving, below = self._layer(layer, entering.pop(), gradients, approximation, point)
             for members in groups.get(layer, ()):
                 parts = [contributions.of(members, gradient, self.sums) for gradient in leaving]
@@ -180,9 +184,11 @@ class _Row:
     def _seed(self, leaving: Tensor) -> Tensor:
         """Gradient of the readouts, each of its own prompt, to the residual stream at the anchor."""
         seed = torch.zeros_like(leaving)
-        places = self.places.to(leaving.device)
-        gradient = self.anchor.gradient(leaving[0, places]).to(seed)
-        return seed.index_put_((torch.zeros_like(places), places), gradient, accumulate=True)
+        for sequence, places in zip(self.packing.prompts, self.places, strict=True):
+            index = places.to(leaving.device)
+            gradient = self.reader.gradient(self.pair.base, sequence, leaving[:, index])
+            seed.index_add_(1, index, gradient.to(seed))
+        return seed
 
     @cached_property
     def _embedded(self) -> Tensor:

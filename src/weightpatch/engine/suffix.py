@@ -16,7 +16,6 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from weightpatch.anchor import Anchor
 from weightpatch.architecture import embedding_weight
 from weightpatch.component import Component, Slice, slices
 from weightpatch.engine import Measured
@@ -24,7 +23,8 @@ from weightpatch.engine.hybrids import Hybrids, hybrid
 from weightpatch.packed.calls import LayerCall, record
 from weightpatch.packed.packing import MOST_TOKENS, Packing, pack
 from weightpatch.pair import ModelPair
-from weightpatch.residuals import evaluating, pad, readout_index, walk
+from weightpatch.reader import Readable, Reader
+from weightpatch.residuals import evaluating, pad, walk
 
 _ALONE = ("heads", "heads.q", "kvs")
 """Units whose members, all patched at once, do not disturb one another unless a norm spans them."""
@@ -33,16 +33,17 @@ _ALONE = ("heads", "heads.q", "kvs")
 def sweep(
     pair: ModelPair,
     token_ids: Sequence[Sequence[int]],
-    anchor: Anchor,
+    anchor: Readable,
     components: Sequence[Component],
     *,
     batch_tokens: int,
     skip: Set[Component],
 ) -> Iterator[Measured]:
     """Measure through the suffix of the model; see `engine.Sweep`."""
+    reader = anchor.reader(token_ids)
     with evaluating(pair.base):
         runs = [
-            _Run.start(pair, packing, [token_ids[prompt] for prompt in packing.prompts], anchor)
+            _Run.start(pair, packing, [token_ids[prompt] for prompt in packing.prompts], reader)
             for packing in pack(token_ids, most_tokens=min(batch_tokens, MOST_TOKENS))
         ]
     base = _gather([run.base for run in runs], runs)
@@ -76,24 +77,24 @@ class _Run:
 
     Attributes:
         pair: The two models.
-        anchor: Where and along what to read.
+        reader: What is read, and where.
         packing: How the prompts lie in the row.
         tokens: Right-padded token ids, shape `(prompt, token)`.
         calls: The base's layers below the anchor.
         reads: Places of the row that are read, shape `(read,)`.
-        index: For each prompt, its readout positions among `reads`, shape `(prompt, position)`.
+        index: For each prompt, the places where it is read among `reads`, shape `(position,)`.
         residual: Base residual stream entering `layer`, shape `(1, token, feature)`.
         base: Readout of the base, shape `(prompt,)`.
         layer: The layer that the residual enters.
     """
 
     pair: ModelPair
-    anchor: Anchor
+    reader: Reader
     packing: Packing
     tokens: Tensor
     calls: tuple[LayerCall, ...]
     reads: Tensor
-    index: Tensor
+    index: tuple[Tensor, ...]
     residual: Tensor
     base: Tensor = field(init=False)
     layer: int = 0
@@ -105,17 +106,16 @@ class _Run:
         pair: ModelPair,
         packing: Packing,
         token_ids: Sequence[Sequence[int]],
-        anchor: Anchor,
+        reader: Reader,
     ) -> _Run:
         tokens = pad(token_ids, embedding_weight(pair.base).device)
-        positions = readout_index(token_ids, anchor.positions)
-        places = packing.paths_at(positions.tolist())
+        places = packing.paths_at([reader.places[prompt] for prompt in packing.prompts])
         wanted = sorted({place for row in places for place in row})
-        reads, index = torch.tensor(wanted), torch.tensor([[wanted.index(place) for place in row] for row in places])
-        calls, residual = record(pair.base, tokens, packing, anchor.layer, reads)
+        reads, index = torch.tensor(wanted), tuple(torch.tensor([wanted.index(one) for one in row]) for row in places)
+        calls, residual = record(pair.base, tokens, packing, reader.layer, reads)
         run = cls(
             pair=pair,
-            anchor=anchor,
+            reader=reader,
             packing=packing,
             tokens=tokens,
             calls=calls,
@@ -136,7 +136,7 @@ class _Run:
             self._writes = None
         if self._writes is None:
             self._writes = _Writes(
-                self.pair, layer, self.calls[layer], self.residual, only_reads=layer == self.anchor.layer - 1
+                self.pair, layer, self.calls[layer], self.residual, only_reads=layer == self.reader.layer - 1
             )
         return self._read(self._finish(self._writes.leaving(chunk), chunk, layer + 1))
 
@@ -158,21 +158,20 @@ class _Run:
         Returns:
             Shape `(row, read, feature)`.
         """
-        if above == self.anchor.layer:  # the layer below it, if there is one, gave the readout positions only
+        if above == self.reader.layer:  # the layer below it, if there is one, gave the readout positions only
             return rows if above else rows[:, self.reads.to(rows.device)]
         for number, call in enumerate(self.calls[above:], above):
             here = [member for member in members if member.layer == number]
             if here:
                 rows = call(rows, hybrid(self.pair, here, prefix=self.pair.architecture.layer_prefix(number)))
-            elif number < self.anchor.layer - 1:
+            elif number < self.reader.layer - 1:
                 rows = call(rows)
             else:
                 return call.last(rows)
         return rows[:, self.reads.to(rows.device)]
 
     def _read(self, rows: Tensor) -> Tensor:
-        read = rows.detach().cpu()[:, self.index].flatten(0, 1)
-        return self.anchor.read(read).view(len(rows), -1)
+        return self.reader.read_all(self.pair.base, rows.detach(), self.index, self.packing.prompts)
 
     def _embedded(self, component: Component) -> Tensor:
         """The packed row that enters layer 0 with the embedding patched, shape `(1, token, feature)`."""

@@ -13,17 +13,17 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from weightpatch.anchor import Anchor
 from weightpatch.component import Component
 from weightpatch.engine import Measured
 from weightpatch.pair import ModelPair
 from weightpatch.patch import patched
+from weightpatch.reader import Readable
 
 
 def sweep(
     pair: ModelPair,
     token_ids: Sequence[Sequence[int]],
-    anchor: Anchor,
+    anchor: Readable,
     components: Sequence[Component],
     *,
     batch_tokens: int,
@@ -40,13 +40,14 @@ def sweep(
 
 
 def readouts(
-    model: PreTrainedModel, token_ids: Sequence[Sequence[int]], anchor: Anchor, *, batch_tokens: int
+    model: PreTrainedModel, token_ids: Sequence[Sequence[int]], anchor: Readable, *, batch_tokens: int
 ) -> Tensor:
-    """Anchor readout of a whole model on every prompt, shape `(prompt,)`, float64.
+    """Readout of a whole model on every prompt, shape `(prompt,)`, float64.
 
     Only prompts of one length share a batch, so there is no padding and no mask that could go wrong.
     """
     found = torch.zeros(len(token_ids), dtype=torch.float64)
+    reader = anchor.reader(token_ids)
     was_training = [module for module in model.modules() if module.training]
     model.train(False)
     try:
@@ -55,16 +56,19 @@ def readouts(
             n_rows = max(1, batch_tokens // length)
             for start in range(0, len(alike), n_rows):
                 places = alike[start : start + n_rows]
-                stream = _stream(model, torch.tensor([list(token_ids[place]) for place in places]), anchor.layer)
-                found[places] = anchor.read(stream[:, list(anchor.positions)])
+                tokens = torch.tensor([list(token_ids[place]) for place in places])
+                stream, logits = _run(model, tokens, reader.layer)
+                for row, place in enumerate(places):
+                    seen = (logits if reader.through_head else stream)[row, list(reader.places[place])]
+                    found[place] = reader.score(place, seen.detach())
     finally:
         for module in was_training:
             module.training = True
     return found
 
 
-def _stream(model: PreTrainedModel, tokens: Tensor, layer: int) -> Tensor:
-    """Residual stream that enters `layer`, shape `(prompt, token, feature)`, from one run of the whole model."""
+def _run(model: PreTrainedModel, tokens: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+    """Residual stream that enters `layer`, `(prompt, token, feature)`, and logits, from one run of the whole model."""
     caught: list[Tensor] = []
 
     def entering(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -80,7 +84,8 @@ def _stream(model: PreTrainedModel, tokens: Tensor, layer: int) -> Tensor:
         handle = blocks[-1].register_forward_hook(leaving)
     try:
         with torch.no_grad():
-            model(input_ids=tokens.to(next(model.get_input_embeddings().parameters()).device), use_cache=False)
+            tokens = tokens.to(next(model.get_input_embeddings().parameters()).device)
+            logits: Tensor = model(input_ids=tokens, use_cache=False).logits
     finally:
         handle.remove()
-    return caught[0]
+    return caught[0], logits

@@ -18,7 +18,7 @@ from weightpatch.report import behaviour, figures, maps, screening
 from weightpatch.report.contents import N_TOP, TaskResult, command, count_words, read_tasks, short_name
 from weightpatch.report.sharing import SERVING_RECOVERY, share
 from weightpatch.report.style import span_color, unit_style
-from weightpatch.report.tokens import token_figure
+from weightpatch.report.tokens import MOST_TOKENS, token_figure
 from weightpatch.run import Run, write_whole
 
 if TYPE_CHECKING:
@@ -172,6 +172,7 @@ def _screening(task: TaskResult, run: Run, drawn: _Figures) -> dict[str, object]
         "per_layer": screening.PER_LAYER,
         "best": screening.best_patched(table, N_TOP),
         "n_patched": int(table["exact_recovery"].notna().sum()),
+        "is_shortened": "tokens" in found and len(record["tokens"]["texts"]) > MOST_TOKENS,
         "shown_spans": list(dict.fromkeys(record["tokens"]["spans"])) if "tokens" in found else [],
     }
 

@@ -131,7 +131,7 @@ def _bands(by_layer: Any, color: str) -> list[dict[str, Any]]:
             "y": _short(end - start),
             "width": width,
             "name": name,
-            "marker": {"color": color, "opacity": opacity, "line": {"width": 0}},
+            "marker": {"color": _faint(color, opacity), "line": {"width": 0}},
             "hovertext": about,
             "hovertemplate": "%{hovertext}<extra></extra>",
         }
@@ -234,8 +234,8 @@ def agreement_figure(table: pd.DataFrame, unit: str, *, most: int = MOST_POINTS)
     figure.update_xaxes(title_text=_ESTIMATED, nticks=5)
     figure.update_yaxes(title_text="exact recovery", nticks=6)
     figure.update_layout(showlegend=True)
-    part = "" if len(drawn) == len(own) else f"; {len(drawn):,} are drawn"
-    return styled(figure, title=f"{look.many}: {len(own):,} patched exactly{part}", height=300)
+    part = "" if len(drawn) == len(own) else f", {len(drawn):,} drawn"
+    return styled(figure, title=f"{look.many}: {len(own):,} patched{part}", height=300)
 
 
 def span_figure(table: pd.DataFrame, unit: str, *, n_layers: int, anchor_layer: int) -> go.Figure:
@@ -277,6 +277,12 @@ def span_figure(table: pd.DataFrame, unit: str, *, n_layers: int, anchor_layer: 
     figure.update_yaxes(title_text="sum of estimated recoveries", zeroline=True)
     figure.update_layout(barmode="relative", bargap=0.25)
     return styled(figure, title=f"Where in the prompts {look.many} act, by layer", height=340)
+
+
+def _faint(color: str, opacity: float) -> str:
+    """A color of six hexadecimal digits that lets through what is below it, in the legend too."""
+    red, green, blue = (int(color[place : place + 2], 16) for place in (1, 3, 5))
+    return f"rgba({red}, {green}, {blue}, {opacity})"
 
 
 def _short(values: Iterable[float]) -> list[float]:
