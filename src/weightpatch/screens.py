@@ -5,18 +5,21 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from weightpatch.agreement import Agreement
+from weightpatch.anchor import Anchor
 from weightpatch.component import Component
 from weightpatch.estimation import Estimation, estimate_tokens
 from weightpatch.localization import localize, sweep
+from weightpatch.outputs import fit_divergence, fit_margin
 from weightpatch.pair import ModelPair
 from weightpatch.prompts import ContrastPrompts
+from weightpatch.reading import Target
 from weightpatch.run import Progress, Run, read_effects, settle, write_whole
-from weightpatch.screening import BUDGET, CONFIDENCE, Screened, Screening, choose, compare, to_measure
+from weightpatch.screening import BUDGET, CONFIDENCE, Screened, Screening, choose, compare, how_far, to_measure
 from weightpatch.statistics import check_gap
 
 N_SHOWN = 12
@@ -30,6 +33,7 @@ class ScreenSettings:
     Attributes:
         units: Units and addresses, with commas.
         budget: Components to patch exactly, in every task.
+        readout: What is read: the run's `anchor`, or the output: its `margin` or `divergence`, fitted on the prompts.
         estimation: How to estimate.
         threshold: Recovery by size that should not be missed; None: the tenth of each unit's top list.
         confidence: Of the bound on what was missed.
@@ -37,6 +41,7 @@ class ScreenSettings:
 
     units: str = "neurons,heads,kvs"
     budget: int = BUDGET
+    readout: Literal["anchor", "margin", "divergence"] = "anchor"
     estimation: Estimation = field(default_factory=Estimation)
     threshold: float | None = None
     confidence: float = CONFIDENCE
@@ -57,8 +62,8 @@ def screen_run(run: Run, pair: ModelPair, settings: ScreenSettings) -> Iterator[
         yield Progress(stage="screen", task=task)
         if settle(run, task, "screen", asdict(settings)):
             continue
-        anchor = run.anchor(task)
         prompts = run.prompts().of_task(task).split("localize")
+        anchor = _target(run, task, pair, prompts, settings)
         estimates = localize(
             pair,
             prompts,
@@ -98,11 +103,26 @@ def screen_run(run: Run, pair: ModelPair, settings: ScreenSettings) -> Iterator[
             choices,
             found,
             engine=run.config.engine,
+            moved=how_far(
+                float(row["relative_norm"])
+                for row in run.manifest["differences"]
+                if Component.parse(row["component"]).unit in ("attns", "mlps")
+            ),
             threshold=settings.threshold,
             confidence=settings.confidence,
         )
         tokens = _tokens(pair, prompts, settings, screening)
         _write(run, task, settings, screening, tokens)
+
+
+def _target(run: Run, task: str, pair: ModelPair, prompts: ContrastPrompts, settings: ScreenSettings) -> Target:
+    match settings.readout:
+        case "margin":
+            return fit_margin(pair, prompts)
+        case "divergence":
+            return fit_divergence(pair, prompts)
+        case _:
+            return run.anchor(task)
 
 
 def _write(run: Run, task: str, settings: ScreenSettings, screening: Screening, tokens: dict[str, Any] | None) -> None:
@@ -131,6 +151,8 @@ def _verdict(screened: Screened) -> dict[str, Any]:
         "top": _figures(screened.on_top),
         "random": _figures(screened.on_random),
         "is_poor": screened.is_poor,
+        "is_beyond": screened.is_beyond,
+        "moved": screened.moved,
         "poor_layers": [asdict(one) for one in screened.poor_layers],
         "threshold": screened.threshold,
         "missed_at_most": screened.missed_at_most,
@@ -155,7 +177,7 @@ def _tokens(
 ) -> dict[str, Any] | None:
     """Where the components with the largest exact effects act in the first prompt; None where that is not defined."""
     estimates = screening.estimates
-    if not estimates.per_span:
+    if not estimates.per_span or not isinstance(estimates.anchor, Anchor):
         return None
     sizes = screening.exact.per_prompt.mean(dim=1).abs()
     leading: list[Component] = [
