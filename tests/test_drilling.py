@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -68,8 +69,8 @@ def walk(
         try:
             told.append(next(found))
         except StopIteration as end:
-            assert isinstance(end.value, DrillDown)
-            return end.value
+            tree: DrillDown = end.value
+            return tree
 
 
 @pytest.mark.parametrize("shape", SCALES)
@@ -184,7 +185,7 @@ def test_groups_hold_neurons_of_similar_estimates_the_highest_first(
     for one in whole[DENSE].opened:
         groups = [part for part in one.parts if part.unit in ("sets", "neurons")]
         members = [group.members or (group,) for group in groups]
-        for higher, lower in zip(members, members[1:], strict=False):
+        for higher, lower in pairwise(members):
             assert min(sizes[neuron] for neuron in higher) >= max(sizes[neuron] for neuron in lower)
         if one.whole.unit == "mlps":
             assert sorted(len(group) for group in members) == [6, 7, 7]
@@ -262,7 +263,7 @@ def test_the_tree_in_words_lists_everything_once_under_what_it_is_in_the_largest
     first = table.loc[blocks[0]]
     assert lines[0] == f"{blocks[0]} {first['recovery']:.4f}, its 4 parts {first['parts']:.4f}"
     depths = [(len(line) - len(line.lstrip())) // 2 for line in lines]
-    assert all(later <= before + 1 for before, later in zip(depths, depths[1:], strict=False))
+    assert all(later <= before + 1 for before, later in pairwise(depths))
     sizes = [
         abs(float(line.split(",")[0].split()[-1])) for line, depth in zip(lines, depths, strict=True) if depth == 0
     ]

@@ -14,6 +14,7 @@ import torch
 from conftest import build_model
 from weightpatch import Anchor, ContrastPrompts, ModelPair
 from weightpatch.component import Component
+from weightpatch.difference import weight_differences
 from weightpatch.errors import ComponentError, NoGapError
 from weightpatch.estimation import Estimation
 from weightpatch.localization import ComponentEffect, Effects, localize, sweep
@@ -87,6 +88,18 @@ def shuffled(effects: Effects, *, seed: int = 0) -> Effects:
 
 def by_component(effects: Effects) -> dict[Component, torch.Tensor]:
     return dict(zip(effects.components, effects.per_prompt, strict=True))
+
+
+def compared(
+    estimates: Effects,
+    choices: tuple[Choice, ...],
+    truth: dict[Component, torch.Tensor],
+    *,
+    moved: float = 0.0,
+    threshold: float | None = None,
+    confidence: float = 0.95,
+) -> Screening:
+    return compare(estimates, choices, truth, engine="swap", moved=moved, threshold=threshold, confidence=confidence)
 
 
 def sizes(choices: tuple[Choice, ...]) -> dict[str, tuple[int, int]]:
@@ -206,10 +219,8 @@ def test_the_bound_covers_what_was_truly_missed(
     covered, bounds, missed = 0, [], []
     for seed in range(200):
         choices = choose(neurons, budget=30, seed=seed)
-        screened = compare(neurons, choices, truth, engine="swap", threshold=given, confidence=confidence).units[
-            "neurons"
-        ]
-        (choice,) = choices
+        screened = compared(neurons, choices, truth, threshold=given, confidence=confidence).units["neurons"]
+        choice = screened.choice
         unseen = {*choice.members} - {*choice.top, *choice.random}
         missed.append(sum(recoveries[one] >= screened.threshold for one in unseen))
         bounds.append(screened.missed_at_most)
@@ -223,9 +234,7 @@ def test_the_bound_covers_what_was_truly_missed(
 def test_a_good_estimate_is_not_called_poor_and_a_hopeless_one_is_in_words(estimates: Effects, exact: Effects) -> None:
     truth = by_component(exact)
     neurons = of_unit(estimates, "neurons")
-    good, hopeless = (
-        compare(own, choose(own, budget=60), truth, engine="swap") for own in (neurons, shuffled(neurons))
-    )
+    good, hopeless = (compared(own, choose(own, budget=60), truth) for own in (neurons, shuffled(neurons)))
     assert not good.units["neurons"].is_poor
     assert "POOR" not in str(good)
     assert good.units["neurons"].on_random.spearman > 0.95
@@ -233,6 +242,23 @@ def test_a_good_estimate_is_not_called_poor_and_a_hopeless_one_is_in_words(estim
     assert "POOR: do not rank by this estimate. Patch these components exactly" in str(hopeless)
     assert [one.layer for one in hopeless.units["neurons"].poor_layers]
     assert "Off by more than 25% in: L" in str(hopeless)
+
+
+def test_a_pair_that_moved_farther_than_estimates_are_known_to_be_good_is_told_so(
+    screening: Screening, pair: ModelPair, estimates: Effects, exact: Effects
+) -> None:
+    norms = [one.relative_norm for one in weight_differences(pair, "attns,mlps")]
+    (moved,) = {one.moved for one in screening.units.values()}
+    assert moved == pytest.approx(float(np.median(norms)))
+    choices, truth = choose(estimates, budget=30), by_component(exact)
+    for unit, screened in compared(estimates, choices, truth).units.items():
+        limit = screened.good_up_to
+        at, above = (compared(estimates, choices, truth, moved=moved).units[unit] for moved in (limit, 1.01 * limit))
+        assert not at.is_beyond
+        assert "BEYOND" not in str(at)
+        assert above.is_beyond
+        assert f"BEYOND THE KNOWN RANGE: the weights moved by {1.01 * limit:.0%}" in str(above)
+        assert above.is_poor == at.is_poor
 
 
 def test_the_verdict_names_the_counts_the_threshold_and_the_bound(screening: Screening) -> None:
@@ -256,7 +282,7 @@ def test_without_a_threshold_the_tenth_of_the_top_list_is_what_should_not_be_mis
     for budget, place in ((60, 10), (8, 4)):
         choices = choose(neurons, budget=budget)
         top = sorted((abs(float(truth[one].mean()) / gap) for one in choices[0].top), reverse=True)
-        found = compare(neurons, choices, truth, engine="swap").units["neurons"].threshold
+        found = compared(neurons, choices, truth).units["neurons"].threshold
         assert found == pytest.approx(top[place - 1], rel=1e-12)
 
 

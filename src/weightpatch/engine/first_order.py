@@ -85,8 +85,10 @@ def estimate(
             for point in points:
                 for members, part in row.descend(groups, approximation, point, grad_drop=grad_drop):
                     found[[place[member] for member in members]] += part.cpu().double() / len(points)
-    return torch.stack(
-        [found[[place[one] for one in component.members or (component,)]].sum(0) for component in components]
+    owners = [row for row, component in enumerate(components) for _ in component.members or (component,)]
+    parts = [place[one] for component in components for one in component.members or (component,)]
+    return torch.zeros(len(components), found.shape[1], dtype=found.dtype).index_add_(
+        0, torch.tensor(owners), found[parts]
     )
 
 
