@@ -44,10 +44,10 @@ def _by_text(row: ContrastPrompt, ids: TokenIds, tokenizer: PreTrainedTokenizerB
     known: Sequence[int] = encoded["input_ids"]
     if tuple(known) != ids[: len(known)]:
         return None
-    start = text.rfind(row.prompt.strip())
-    middle = text.find(row.instruction.strip(), start + len(row.prompt.strip()))
-    if start < 0 or middle < 0:
+    start = text.rfind(row.text.strip())
+    if start < 0:
         return None
+    middle = text.find(row.instruction.strip(), start + len(row.prompt.strip()))
     system = text.find(row.system.strip()) if row.system.strip() else -1
     spans = []
     for low, high in encoded["offset_mapping"]:
