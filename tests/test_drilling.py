@@ -99,10 +99,7 @@ def test_with_budget_enough_everything_that_has_parts_is_opened(
     assert all(len(one.members) <= 1 for one in smallest)
 
 
-_SINGLE = pytest.mark.xfail(strict=True, reason="defect: a group of one neuron is patched as a set of one")
-
-
-@pytest.mark.parametrize("shape", [DENSE, pytest.param(MIXTURE, marks=_SINGLE), pytest.param("gpt2", marks=_SINGLE)])
+@pytest.mark.parametrize("shape", [DENSE, MIXTURE, "gpt2"])
 def test_at_last_come_single_neurons(shape: str, pairs: dict[str, ModelPair], whole: dict[str, DrillDown]) -> None:
     measured = set(whole[shape].effects.components)
     neurons = [one for one in components(pairs[shape].architecture, "neurons") if (one.layer or 0) < LAYER]
@@ -327,7 +324,6 @@ def test_the_order_of_a_set_is_that_of_layers_and_what_is_named_twice_counts_onc
     assert Component.joint(Component.parse(name) for name in ("L7.mlp", "L5.H3")) == Component.parse("{L7.mlp,L5.H3}")
 
 
-@pytest.mark.xfail(strict=True, reason="defect: components of a unit that have no index keep the order they came in")
 @pytest.mark.parametrize("names", ["L0.norm.attn,L0.norm.mlp", "L0.attn.rest,L0.mlp.rest", "embed,norm,unembed"])
 def test_the_order_of_a_set_of_norms_rests_or_ends_does_not_matter_either(names: str) -> None:
     backwards = ",".join(reversed(names.split(",")))

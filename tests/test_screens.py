@@ -213,7 +213,6 @@ def test_other_settings_are_refused_and_named(
     assert {file: file.read_bytes() for file in done.path.rglob("*") if file.is_file()} == before
 
 
-@pytest.mark.xfail(strict=True, reason="defect: settings are noted before it is known whether they can be met")
 @pytest.mark.parametrize(
     ("stage", "wrong", "right"),
     [
@@ -232,7 +231,6 @@ def test_settings_that_could_not_be_met_do_not_stand_in_the_way_of_others(
     assert [next(steps).task for _ in range(2)] == [TASK, TASK]
 
 
-@pytest.mark.xfail(strict=True, reason="defect: the folder of a task is taken to be there", raises=FileNotFoundError)
 @each_stage
 def test_before_there_is_an_anchor_that_is_said_and_nothing_written(
     case: Case, fitted: Path, tmp_path: Path, pair: ModelPair
@@ -244,7 +242,6 @@ def test_before_there_is_an_anchor_that_is_said_and_nothing_written(
     assert not files(run, case.name)
 
 
-@pytest.mark.xfail(strict=True, reason="defect: an infinite error of a layer cannot be written", raises=ValueError)
 def test_a_layer_without_any_exact_effect_does_not_stop_the_screening(run: Run, pair: ModelPair) -> None:
     settings = ScreenSettings(units="heads,kvs", budget=48)  # all of them
     take(screen_run(run, pair, settings))
@@ -259,7 +256,6 @@ def test_a_layer_without_any_exact_effect_does_not_stop_the_screening(run: Run, 
     assert run.screening(TASK)["units"]["heads"]["poor_layers"] == [{"layer": 1, "n": 8, "error": None}]  # type: ignore[index]
 
 
-@pytest.mark.xfail(strict=True, reason="defect: a setting that is not noted is a difference, and not named")
 def test_a_setting_that_an_earlier_version_did_not_have_is_no_difference_at_its_default(
     run: Run, pair: ModelPair
 ) -> None:
@@ -280,7 +276,6 @@ def test_a_task_without_a_gap_is_left_out(run: Run, pair: ModelPair) -> None:
     assert run.drill(TASK) is None
 
 
-@pytest.mark.xfail(strict=True, reason="defect: whether there is a gap is asked after everything was patched")
 def test_without_a_gap_nothing_is_patched(run: Run, pair: ModelPair) -> None:
     (run.folder(TASK) / "reference.json").unlink()  # a run that only has its anchor, so that no gap was looked for
     anchors = [Anchor(layer=2, direction=row) for row in torch.eye(pair.architecture.n_features)[:2]]
@@ -355,7 +350,6 @@ def test_without_a_screening_the_command_to_make_one_is_named(run: Run, pair: Mo
     assert not (run.folder(TASK) / "validation.json").exists()
 
 
-@pytest.mark.xfail(strict=True, reason="defect: units that enclose others are left out of effects, not of screenings")
 def test_no_weight_is_patched_twice_by_a_screening_of_nested_units(run: Run, pair: ModelPair) -> None:
     take(screen_run(run, pair, ScreenSettings(units="attns,heads", budget=6)))
     take(validate(run, pair, CurveSettings(ranking="screen", shares=(1.0,), n_prompts=2, answers=False, n_random=0)))

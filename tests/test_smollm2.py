@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import json
+import random
+import statistics
+import time
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from weightpatch import ContrastPrompts, ModelPair, fit_anchor, localize, patched
+from weightpatch import ContrastPrompts, Estimation, ModelPair, fit_anchor, localize, patched
+from weightpatch.agreement import agreement
 from weightpatch.checkpoint import find, load
+from weightpatch.component import Component
 from weightpatch.difference import weight_differences
+from weightpatch.estimation import estimate_effects
 from weightpatch.evaluation import evaluate
 from weightpatch.generation import generate
+from weightpatch.localization import plan
 from weightpatch.suites import Suite, load_suite
 
 pytestmark = pytest.mark.slow
@@ -121,3 +130,37 @@ def test_the_command_line_runs_on_it(
     gates = {gate["name"]: gate["passed"] for gate in title["anchor"]["gates"]}
     assert gates["ablation"]
     assert gates["auc"]
+
+
+def test_all_neurons_heads_and_groups_are_estimated_in_six_forward_passes_and_ranked_as_exact_patches_do(
+    pair: ModelPair,
+) -> None:
+    prompts = ContrastPrompts.load("instructions:title", n_queries=8)
+    anchor = replace(fit_anchor(pair, prompts.split("fit"), layer=18), report=None)
+    measured = prompts.split("localize")
+    below, _ = plan(pair, anchor, "neurons,heads,kvs")
+    ids = [torch.tensor(row) for row in measured.tokenize(pair.tokenizer).with_instruction]
+    tokens = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
+    took: dict[str, list[float]] = {"estimate": [], "forward": []}
+    for _ in range(4):
+        start = time.perf_counter()
+        estimates = estimate_effects(pair, measured, anchor, below, Estimation()).per_prompt.mean(dim=1)
+        between = time.perf_counter()
+        with torch.no_grad():
+            pair.base(input_ids=tokens, use_cache=False)
+        took["estimate"].append(between - start)
+        took["forward"].append(time.perf_counter() - between)
+    assert statistics.median(took["estimate"]) < 6 * statistics.median(took["forward"])
+    chosen = [place for unit, n in (("neurons", 60), ("heads", 40), ("kvs", 54)) for place in sample(below, unit, n)]
+    exact = localize(pair, measured, anchor, units=[below[place] for place in sorted(chosen)]).per_prompt.mean(dim=1)
+    values = dict(zip(sorted(chosen), exact.tolist(), strict=True))
+    for unit, least in (("neurons", 0.99), ("heads", 0.95), ("kvs", 0.95)):
+        own = [place for place in chosen if below[place].unit == unit]
+        found = agreement(estimates[own].numpy(), np.array([values[place] for place in own]))
+        assert found.spearman >= least
+
+
+def sample(below: Sequence[Component], unit: str, n: int) -> list[int]:
+    """Places of a uniform sample of one unit."""
+    places = [place for place, component in enumerate(below) if component.unit == unit]
+    return random.Random(0).sample(places, n)

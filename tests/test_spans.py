@@ -1,127 +1,216 @@
-"""Spans of tokens: template, system message, query, instruction, response, and the token that is read."""
+"""Spans against what the tokens of each span decode to, on tokenizers of one byte to a token and on the tiny pair's."""
 
 from __future__ import annotations
 
+from itertools import groupby
+from typing import Any
+
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from weightpatch import ContrastPrompts
+from weightpatch import ContrastPrompts, ModelPair
 from weightpatch.prompts import ContrastPrompt
 from weightpatch.spans import SPANS, token_spans
 
+MARKUP = ("<|bos|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 TEMPLATE = (
-    "{% for m in messages %}<|{{ m['role'] }}|> {{ m['content'] }} <|end|>\n{% endfor %}"
+    "{% if messages[0]['role'] != 'system' %}<|system|>Be kind.<|end|>{% endif %}"
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ CONTENT }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-WORDS = ["Tell", "me", "about", "the", "river", ".", "Use", "upper", "case", "please", "Be", "kind", "Answer"]
+CONTENT = "message['content']"
+
+
+def build_tokenizer(*, content: str = CONTENT, template: str = TEMPLATE, trims_offsets: bool = False) -> Any:
+    """A fast tokenizer of single bytes; without a template it begins every text with a token of its own."""
+    letters = {letter: number for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    backend = Tokenizer(models.BPE(vocab=letters, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(list(MARKUP))
+    if trims_offsets:
+        backend.post_processor = processors.ByteLevel(trim_offsets=True)
+    elif not template:
+        begins = ("<|bos|>", backend.token_to_id("<|bos|>"))
+        backend.post_processor = processors.TemplateProcessing(single="<|bos|> $A", special_tokens=[begins])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    if template:
+        tokenizer.chat_template = template.replace("CONTENT", content)
+    return tokenizer
+
+
+def pieces(tokenizer: Any, row: ContrastPrompt) -> list[tuple[str, str]]:
+    """Each run of tokens of one span, decoded; all together are the whole prompt."""
+    prompts = ContrastPrompts((row,))
+    (spans,), (ids,) = token_spans(prompts, tokenizer), prompts.tokenize(tokenizer).with_instruction
+    runs = groupby(zip(spans, ids, strict=True), key=lambda pair: pair[0])
+    return [(span, tokenizer.decode([token for _, token in run])) for span, run in runs]
+
+
+def prompt(
+    query: str = "Tell me.", instruction: str = "Use a title.", *, system: str = "", response: str = ""
+) -> ContrastPrompt:
+    return ContrastPrompt(id="a", prompt=query, instruction=instruction, system=system, response=response)
+
+
+def chat(
+    query: str = "Tell me.", instruction: str = " Use a title.", *, system: str = "", response: str = ""
+) -> list[tuple[str, str]]:
+    """The pieces of a chat; a system message of the template's own is part of the template."""
+    start = (
+        [("template", "<|system|>"), ("system", system), ("template", "<|end|><|user|>")]
+        if system
+        else [("template", "<|system|>Be kind.<|end|><|user|>")]
+    )
+    end = (
+        [("template", "<|end|><|assistant|>"), ("response", response[:-1]), ("last", response[-1])]
+        if response
+        else [("template", "<|end|>"), ("last", "<|assistant|>")]
+    )
+    return [*start, ("query", query), ("instruction", instruction), *end]
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
-    markers = ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "[unk]"]
-    model = models.WordLevel({word: place for place, word in enumerate([*markers, *WORDS])}, unk_token="[unk]")
-    whole = Tokenizer(model)
-    whole.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    made = PreTrainedTokenizerFast(tokenizer_object=whole, unk_token="[unk]", additional_special_tokens=markers[:4])
-    made.chat_template = TEMPLATE
-    return made
+def tiny() -> Any:
+    return ModelPair.from_pretrained("tiny:base", "tiny:specialized").tokenizer
 
 
-def spans_of(tokenizer: PreTrainedTokenizerFast | None, row: ContrastPrompt) -> dict[str, list[str]]:
-    """Span -> its tokens, as text."""
-    prompts = ContrastPrompts((row,))
-    (spans,) = token_spans(prompts, tokenizer)
-    (ids,) = prompts.tokenize(tokenizer).with_instruction
-    assert len(spans) == len(ids)
-    assert set(spans) <= set(SPANS)
-    texts = [tokenizer.decode([token]) for token in ids] if tokenizer else [str(token) for token in ids]
-    return {
-        name: [text for text, span in zip(texts, spans, strict=True) if span == name] for name in dict.fromkeys(spans)
-    }
+def test_every_token_of_the_built_in_prompts_has_one_span_and_the_last_is_last(tiny: Any) -> None:
+    prompts = ContrastPrompts.load("instructions")
+    spans = token_spans(prompts, tiny)
+    assert [len(row) for row in spans] == [len(ids) for ids in prompts.tokenize(tiny).with_instruction]
+    assert {span for row in spans for span in row} == set(SPANS) - {"system", "response"}
+    assert all(row[-1] == "last" and row.count("last") == 1 for row in spans)
 
 
-def test_every_token_of_a_chat_stands_in_the_span_of_its_text(tokenizer: PreTrainedTokenizerFast) -> None:
-    row = ContrastPrompt(id="a", prompt="Tell me about the river .", instruction="Use upper case", system="Be kind")
-    assert spans_of(tokenizer, row) == {
-        "template": ["<|system|>", "<|end|>", "<|user|>", "<|end|>"],
-        "system": ["Be", "kind"],
-        "query": ["Tell", "me", "about", "the", "river", "."],
-        "instruction": ["Use", "upper", "case"],
-        "last": ["<|assistant|>"],
-    }
+def test_the_tokens_of_each_span_of_the_built_in_prompts_decode_to_its_text(tiny: Any) -> None:
+    for row in ContrastPrompts.load("instructions", n_queries=6):
+        assert pieces(tiny, row) == [
+            ("template", "<|bos|><|user|>"),
+            ("query", row.prompt),
+            ("instruction", f" {row.instruction}"),
+            ("template", "<|end|>"),
+            ("last", "<|assistant|>"),
+        ]
 
 
-def test_a_query_that_the_system_message_repeats_is_found_behind_it(tokenizer: PreTrainedTokenizerFast) -> None:
-    row = ContrastPrompt(id="a", prompt="the river", instruction="Use case", system="Answer about the river please")
-    found = spans_of(tokenizer, row)
-    assert found["system"] == ["Answer", "about", "the", "river", "please"]
-    assert found["query"] == ["the", "river"]
-    assert found["instruction"] == ["Use", "case"]
+def test_the_templates_own_system_message_is_template_and_the_rows_is_system() -> None:
+    tokenizer = build_tokenizer()
+    assert pieces(tokenizer, prompt()) == chat()
+    assert pieces(tokenizer, prompt(system="Be brief.")) == chat(system="Be brief.")
 
 
-def test_an_instruction_that_repeats_the_query_stays_an_instruction(tokenizer: PreTrainedTokenizerFast) -> None:
-    row = ContrastPrompt(id="a", prompt="the river", instruction="Use the river please")
-    found = spans_of(tokenizer, row)
-    assert found["query"] == ["the", "river"]
-    assert found["instruction"] == ["Use", "the", "river", "please"]
-
-
-def test_a_response_is_a_span_of_its_own_and_its_end_is_what_is_read(tokenizer: PreTrainedTokenizerFast) -> None:
-    row = ContrastPrompt(id="a", prompt="the river", instruction="Use case", response="Be kind please")
-    found = spans_of(tokenizer, row)
-    assert found["response"] == ["Be", "kind"]
-    assert found["last"] == ["please"]
-    assert found["template"][-1] == "<|assistant|>"
-
-
-def test_without_a_template_the_text_is_matched_too(tokenizer: PreTrainedTokenizerFast) -> None:
-    plain = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, unk_token="[unk]")
-    row = ContrastPrompt(id="a", prompt="the river", instruction="Use upper case", system="Be kind")
-    assert spans_of(plain, row) == {
-        "system": ["Be", "kind"],
-        "query": ["the", "river"],
-        "instruction": ["Use", "upper"],
-        "last": ["case"],
-    }
-
-
-def test_a_template_that_rewrites_the_message_falls_back_to_the_difference(tokenizer: PreTrainedTokenizerFast) -> None:
-    shouting = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, unk_token="[unk]")
-    shouting.chat_template = "Answer {{ messages[-1]['content'] | replace('river', 'case') }} please"
-    row = ContrastPrompt(id="a", prompt="the river", instruction="Use upper river")
-    assert spans_of(shouting, row) == {
-        "query": ["Answer", "the", "case"],
-        "instruction": ["Use", "upper", "case"],
-        "last": ["please"],
-    }
+def test_a_query_that_the_system_message_also_holds_is_found_behind_it() -> None:
+    system = "When I say: Tell me. Use a title. Then do."
+    assert pieces(build_tokenizer(), prompt(system=system)) == chat(system=system)
 
 
 @pytest.mark.parametrize(
-    ("with_", "without", "spans"),
+    ("query", "instruction", "system"),
     [
-        ([1, 2, 3, 4, 9], [1, 2, 9], ["query", "query", "instruction", "instruction", "last"]),
-        ([5, 5, 5, 5], [5, 5], ["query", "query", "instruction", "last"]),  # start and end must not overlap
-        ([1, 2, 3], [1, 2, 3], ["query", "query", "last"]),
-        ([7], [8], ["last"]),
+        ("Go", "Go in capitals, then Go home.", ""),
+        ("Tell me.", "Tell me. In capitals.", "Tell me."),
+        ("assistant", "Use a title.", ""),
+        ("end", "end", "user"),
+        ("Tell me.", "Use a title.", "system"),
     ],
 )
-def test_of_token_ids_the_instruction_is_what_the_other_form_lacks(
-    with_: list[int], without: list[int], spans: list[str]
+def test_messages_that_repeat_each_other_or_name_a_role_are_told_apart(
+    query: str, instruction: str, system: str
 ) -> None:
-    prompts = ContrastPrompts.from_token_ids(with_instruction=[with_], without_instruction=[without])
-    assert token_spans(prompts, None) == (tuple(spans),)
+    found = pieces(build_tokenizer(), prompt(query, instruction, system=system))
+    assert found == chat(query, f" {instruction}", system=system)
 
 
-def test_the_built_in_prompts_of_the_bundled_pair_are_matched_by_text() -> None:
-    from weightpatch.checkpoint import BUNDLED, find, read_tokenizer
+def test_a_template_that_trims_its_messages_moves_no_span() -> None:
+    tokenizer = build_tokenizer(content=f"{CONTENT} | trim")
+    assert pieces(tokenizer, prompt("\n Tell me.", "Use a title. ", system=" Be brief. ")) == chat(system="Be brief.")
 
-    tokenizer = read_tokenizer(find(BUNDLED[0]))
-    assert tokenizer is not None
-    prompts = ContrastPrompts.load("instructions", n_queries=4)
-    for row, spans, ids in zip(
-        prompts, token_spans(prompts, tokenizer), prompts.tokenize(tokenizer).with_instruction, strict=True
-    ):
-        own = [token for token, span in zip(ids, spans, strict=True) if span == "instruction"]
-        alone = tokenizer.encode(f" {row.instruction}", add_special_tokens=False)
-        assert "".join(tokenizer.decode(own).split()) == "".join(tokenizer.decode(alone).split())
+
+def test_line_breaks_that_end_the_query_are_part_of_it() -> None:
+    assert pieces(build_tokenizer(), prompt("Tell me:\n\n")) == chat("Tell me:\n\n")
+
+
+def test_spaces_whose_offsets_are_trimmed_stay_in_their_span() -> None:
+    row = prompt("Tell  me\n\nall.", system="Be very brief.")
+    assert pieces(build_tokenizer(trims_offsets=True), row) == chat("Tell  me\n\nall.", system="Be very brief.")
+
+
+def test_letters_of_several_tokens_stay_in_one_span() -> None:
+    assert pieces(build_tokenizer(), prompt("Größe 🦊?", "Überall groß.")) == chat("Größe 🦊?", " Überall groß.")
+
+
+def test_the_response_is_a_span_of_its_own_up_to_the_last_token() -> None:
+    assert pieces(build_tokenizer(), prompt(response="<<Rivers>>")) == chat(response="<<Rivers>>")
+
+
+def test_the_last_token_is_last_whatever_it_is() -> None:
+    tokenizer = build_tokenizer(template="")
+    assert pieces(tokenizer, prompt())[-2:] == [("instruction", " Use a title"), ("last", ".")]
+    assert pieces(tokenizer, prompt(response="S"))[-2:] == [("instruction", " Use a title."), ("last", "S")]
+
+
+def test_without_a_chat_template_only_what_the_tokenizer_adds_is_template() -> None:
+    assert pieces(build_tokenizer(template=""), prompt())[:2] == [("template", "<|bos|>"), ("query", "Tell me.")]
+
+
+def test_without_a_chat_template_what_parts_the_messages_is_template() -> None:
+    assert pieces(build_tokenizer(template=""), prompt(system="Be brief.")) == [
+        ("template", "<|bos|>"),
+        ("system", "Be brief."),
+        ("template", "\n\n"),
+        ("query", "Tell me."),
+        ("instruction", " Use a title"),
+        ("last", "."),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("with_instruction", "without_instruction", "expected"),
+    [
+        ([1, 2, 7, 8, 3, 4], [1, 2, 3, 4], "q q i i q last"),
+        ([1, 2, 2, 3], [1, 2, 3], "q q i last"),
+        ([5, 5, 5, 5], [5, 5], "q q i last"),
+        ([5, 6], [5, 6], "q last"),
+        ([5, 6], [5, 6, 7, 6], "q last"),
+        ([1, 2], [3], "i last"),
+        ([9], [9], "last"),
+    ],
+)
+def test_token_ids_fall_back_to_the_difference_whose_common_ends_do_not_overlap(
+    with_instruction: list[int], without_instruction: list[int], expected: str
+) -> None:
+    ids = {"with_instruction": [with_instruction], "without_instruction": [without_instruction]}
+    (spans,) = token_spans(ContrastPrompts.from_token_ids(**ids), None)
+    names = {"q": "query", "i": "instruction", "last": "last"}
+    assert spans == tuple(names[name] for name in expected.split())
+
+
+def test_a_template_that_rewrites_the_message_falls_back_to_the_difference() -> None:
+    assert pieces(build_tokenizer(content=f"{CONTENT} | upper"), prompt()) == [
+        ("query", "<|system|>Be kind.<|end|><|user|>TELL ME."),
+        ("instruction", " USE A TITLE."),
+        ("query", "<|end|>"),
+        ("last", "<|assistant|>"),
+    ]
+
+
+@pytest.mark.parametrize("content", [f"{CONTENT} | upper", f"{CONTENT} ~ {CONTENT}", "'nothing'"])
+def test_the_response_is_known_where_the_message_is_not(content: str) -> None:
+    found = pieces(build_tokenizer(content=content), prompt(response="<<Rivers>>"))
+    assert found[-3:] == [("query", found[-3][1]), ("response", "<<Rivers>"), ("last", ">")]
+    assert "response" not in {span for span, _ in found[:-2]}
+
+
+def test_a_slow_tokenizer_falls_back_to_the_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = build_tokenizer()
+    monkeypatch.setattr(type(tokenizer), "is_fast", False)
+    assert [span for span, _ in pieces(tokenizer, prompt())] == ["query", "instruction", "query", "last"]
+
+
+def test_text_and_token_ids_can_stand_in_one_set() -> None:
+    ids = ContrastPrompt(id="b", with_instruction=(1, 2, 3), without_instruction=(1, 3))
+    spans = token_spans(ContrastPrompts((prompt(), ids)), build_tokenizer())
+    assert "template" in spans[0]
+    assert spans[1] == ("query", "instruction", "last")

@@ -89,7 +89,7 @@ class Component:
         Raises:
             ComponentError: it follows none of the forms.
         """
-        if address.startswith("{") and address.endswith("}"):
+        if address.startswith("{") and address.endswith("}") and "{" not in address[1:-1]:
             return cls.joint(cls.parse(name.strip()) for name in address[1:-1].split(","))
         for unit, form in _FORMS:
             if match := re.fullmatch(form, address):
@@ -111,10 +111,10 @@ class Component:
         return self.address
 
 
-def _place(component: Component) -> tuple[int, int, int, int]:
+def _place(component: Component) -> tuple[int, int, int, int, str]:
     """Where a component stands among others."""
     layer, expert, index = (-1 if n is None else n for n in (component.layer, component.expert, component.index))
-    return layer, UNITS.index(component.unit) if component.unit in UNITS else -1, expert, index
+    return layer, UNITS.index(component.unit) if component.unit in UNITS else -1, expert, index, component.address
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -11,7 +12,7 @@ from typing import Any, Literal
 import pandas as pd
 
 from weightpatch.behaviour import MAX_NEW_TOKENS, Answering, can_judge
-from weightpatch.component import Component
+from weightpatch.component import Component, encloses
 from weightpatch.errors import RunError
 from weightpatch.pair import ModelPair
 from weightpatch.patch import Recipient
@@ -88,6 +89,8 @@ def validate(run: Run, pair: ModelPair, settings: CurveSettings) -> Iterator[Pro
         file = run.folder(task) / "validation.json"
         found = run.validation(task)
         wanted = json.loads(json.dumps(asdict(settings)))
+        if settings.ranking == "screen" and (table := run.folder(task) / "screen.parquet").is_file():
+            wanted["screening"] = hashlib.sha256(table.read_bytes()).hexdigest()[:12]
         if found.get("settings", wanted) != wanted:
             raise RunError(
                 f"{file} was measured with other settings ({found['settings']}). Repeat them, or delete the file."
@@ -130,10 +133,14 @@ def _screened(run: Run, task: str) -> tuple[Component, ...]:
     file = run.folder(task) / "screen.parquet"
     if not file.is_file():
         raise RunError(f"{run.path} has no screening of {task!r}. Do it first: weightpatch screen {run.path}")
+    if (run.screening(task) or {}).get("settings", {}).get("estimation", {}).get("grad_drop"):
+        raise RunError(f"{run.path} was screened with grad-drop, whose sizes rank no direction. Screen it without.")
     table = pd.read_parquet(file, columns=["component", "recovery", "exact_recovery"])
     best = table["exact_recovery"].fillna(table["recovery"])
     order = best.sort_values(ascending=False, kind="stable").index
-    return tuple(Component.parse(address) for address in table["component"][order])
+    ranked = [Component.parse(address) for address in table["component"][order]]
+    units = {one.unit for one in ranked}
+    return tuple(one for one in ranked if not any(encloses(one.unit, unit) for unit in units))
 
 
 def _plan(

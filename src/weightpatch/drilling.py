@@ -245,7 +245,8 @@ class _Neurons:
         if len(ordered) <= self.n_groups:
             return tuple(ordered)
         bounds = [round(number * len(ordered) / self.n_groups) for number in range(self.n_groups + 1)]
-        return tuple(Component.joint(ordered[low:high]) for low, high in pairwise(bounds))
+        parts = (ordered[low:high] for low, high in pairwise(bounds))
+        return tuple(part[0] if len(part) == 1 else Component.joint(part) for part in parts)
 
 
 def _next_to_open(

@@ -41,6 +41,7 @@ def drill_run(run: Run, pair: ModelPair, settings: DrillSettings) -> Iterator[Pr
         if run.failure(task):
             continue
         yield Progress(stage="drill", task=task)
+        anchor = run.anchor(task)
         if settle(run, task, "drill", asdict(settings)):
             continue
         file = run.folder(task) / "drill.jsonl"
@@ -48,7 +49,7 @@ def drill_run(run: Run, pair: ModelPair, settings: DrillSettings) -> Iterator[Pr
         walk = steps(
             pair,
             run.prompts().of_task(task).split("localize"),
-            run.anchor(task),
+            anchor,
             budget=settings.budget,
             n_groups=settings.n_groups,
             engine=run.config.engine,
@@ -71,6 +72,6 @@ def drill_run(run: Run, pair: ModelPair, settings: DrillSettings) -> Iterator[Pr
         yield Progress(stage="drill", task=task, done=settings.budget, total=settings.budget)
         columns = ["component", "unit", "layer", "recovery", "ci_low", "ci_high", "inside", "n_parts", "parts"]
         table = found.table(seed=run.config.seed)[columns]
-        rows: list[dict[str, Any]] = json.loads(table.to_json(orient="records"))
+        rows: list[dict[str, Any]] = json.loads(table.to_json(orient="records", double_precision=15))
         tree = {"settings": asdict(settings), "tree": str(found), "components": rows}
         write_whole(run.folder(task) / "drill.json", json.dumps(tree, indent=1, allow_nan=False) + "\n")

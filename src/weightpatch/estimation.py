@@ -34,6 +34,11 @@ class Estimation:
     n_steps: int = N_STEPS
     grad_drop: bool = False
 
+    @property
+    def name(self) -> str:
+        """What `Effects.engine` says of such estimates."""
+        return f"{self.approximation}, sizes" if self.grad_drop else self.approximation
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Estimates:
@@ -83,11 +88,13 @@ def estimate_effects(
     names = [span for span in SPANS if any(span in row for row in spans)]
     sums = []
     for place, ids in enumerate(token_ids):
-        rows = torch.zeros(n + len(names), len(ids))
+        rows = torch.zeros(n + len(names), len(ids), dtype=torch.float64)
         sign = 1 if place < n else -1
         rows[place % n] = sign
         for number, name in enumerate(names):
-            rows[n + number] = torch.tensor([sign * float(span == name) / n for span in spans[place]])
+            rows[n + number] = torch.tensor(
+                [sign * float(span == name) / n for span in spans[place]], dtype=torch.float64
+            )
         sums.append(rows)
     found = estimate(
         pair,

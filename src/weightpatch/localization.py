@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -182,28 +182,33 @@ def localize(
         warnings.warn(f"the anchor is unstable: it failed {failed}; recoveries on it may mean little", stacklevel=2)
     below, past = plan(pair, anchor, units)
     _check_method(method, engine)
-    base, specialized = reference(pair, prompts, anchor, batch_tokens=batch_tokens or BATCH_TOKENS)
-    about: dict[str, Any] = {
-        "components": below,
-        "base": base,
-        "specialized": specialized,
-        "prompt_ids": tuple(row.id for row in prompts),
-        "queries": tuple(row.query for row in prompts),
-        "past_anchor": past,
-        "anchor": anchor,
-        "method": method,
-    }
+    how = estimation or Estimation()
+    per_span: Mapping[str, Tensor] = {}
     if method == "first-order":
         _check_head(pair, below, anchor)
-        how = estimation or Estimation()
         estimates = estimate_effects(pair, prompts, anchor, below, how, batch_tokens=batch_tokens)
-        return Effects(**about, per_prompt=estimates.per_prompt, per_span=estimates.per_span, engine=how.approximation)
-    found: list[Tensor] = []
-    for effect in sweep(pair, prompts, anchor, below, method=method, engine=engine, batch_tokens=batch_tokens):
-        found.append(effect.per_prompt)
-        if on_effect:
-            on_effect(effect)
-    return Effects(**about, per_prompt=torch.stack(found), engine=engine)
+        per_prompt, per_span = estimates.per_prompt, estimates.per_span
+    else:
+        found: list[Tensor] = []
+        for effect in sweep(pair, prompts, anchor, below, method=method, engine=engine, batch_tokens=batch_tokens):
+            found.append(effect.per_prompt)
+            if on_effect:
+                on_effect(effect)
+        per_prompt = torch.stack(found)
+    base, specialized = reference(pair, prompts, anchor, batch_tokens=batch_tokens or BATCH_TOKENS)
+    return Effects(
+        components=below,
+        per_prompt=per_prompt,
+        base=base,
+        specialized=specialized,
+        prompt_ids=tuple(row.id for row in prompts),
+        queries=tuple(row.query for row in prompts),
+        past_anchor=past,
+        anchor=anchor,
+        method=method,
+        engine=how.name if method == "first-order" else engine,
+        per_span=per_span,
+    )
 
 
 def plan(

@@ -227,7 +227,7 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, *, system: str = "")
         PromptError: the chat template refuses it.
     """
     rendered, adds_special = render(tokenizer, text, system=system)
-    return tuple(tokenizer.encode(rendered, add_special_tokens=adds_special))
+    return tuple(tokenizer.encode(rendered) if adds_special else tokenizer.encode(rendered, add_special_tokens=False))
 
 
 def render(tokenizer: PreTrainedTokenizerBase, text: str, *, system: str = "") -> tuple[str, bool]:

@@ -358,16 +358,19 @@ def settle(run: Run, task: str, stage: str, settings: dict[str, Any]) -> bool:
     """
     wanted = json.loads(json.dumps(settings))
     file = run.folder(task) / f"{stage}.settings.json"
-    if file.is_file() and (then := json.loads(file.read_text(encoding="utf-8"))) != wanted:
+    results = (run.folder(task) / f"{stage}.jsonl", run.folder(task) / f"{stage}.json")
+    if file.is_file() and any(result.is_file() and result.stat().st_size for result in results):
+        then = json.loads(file.read_text(encoding="utf-8"))
         changes = [
-            f"{name}: {then.get(name)!r} then, {wanted[name]!r} now"
-            for name in wanted
-            if then.get(name) != wanted[name]
+            f"{name}: {then.get(name)!r} then, {wanted.get(name)!r} now"
+            for name in {**then, **wanted}
+            if then.get(name) != wanted.get(name)
         ]
-        raise RunError(
-            f"{run.folder(task)} holds a {stage} with other settings ({'; '.join(changes)}). Repeat them, or delete "
-            f"its files {stage}.*"
-        )
+        if changes:
+            raise RunError(
+                f"{run.folder(task)} holds a {stage} with other settings ({'; '.join(changes)}). Repeat them, or "
+                f"delete its files {stage}.*"
+            )
     write_whole(file, json.dumps(wanted) + "\n")
     return (run.folder(task) / f"{stage}.json").is_file()
 

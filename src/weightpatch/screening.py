@@ -198,10 +198,12 @@ def screen(
         on_effect: Called with each exact effect as it is measured.
 
     Raises:
-        ComponentError: an unknown unit or address, or a budget below 2.
+        ComponentError: an unknown unit or address, a confidence that is none, or a budget too small for the units.
         AnchorError: the anchor does not fit the pair, or nothing asked for lies below it.
         NoGapError: the two models do not differ measurably in the readout.
     """
+    if not 0 < confidence < 1:
+        raise ComponentError(f"a confidence of {confidence}: give a probability between 0 and 1, such as 0.95.")
     estimates = localize(
         pair, prompts, anchor, units=units, method="first-order", estimation=estimation, batch_tokens=batch_tokens
     )
@@ -251,8 +253,8 @@ def choose(estimates: Effects, *, budget: int, random_share: float = 0.5, seed: 
     for n_done, (unit, places) in enumerate(sorted(by_unit.items(), key=lambda item: len(item[1]))):
         part = min(budget // (len(by_unit) - n_done), 2 * len(places))
         budget -= part
-        n_random = min(len(places), max(1, round(part * random_share)))
-        n_top = min(len(places), max(1, part - n_random))
+        n_random = min(len(places), part - 1, max(1, round(part * random_share)))
+        n_top = min(len(places), part - n_random)
         order = sizes[places].argsort(descending=True, stable=True)[:n_top].tolist()
         choices.append(
             Choice(
@@ -295,6 +297,8 @@ def compare(
     gap = check_gap(estimates.gap.numpy(), groups=estimates.queries).estimate
     recovery = dict(zip(estimates.components, (estimates.per_prompt.mean(dim=1) / gap).tolist(), strict=True))
     exact = {component: float(effects.mean()) / gap for component, effects in found.items()}
+    if estimates.engine.endswith("sizes"):  # of grad_drop
+        recovery, exact = ({one: abs(value) for one, value in side.items()} for side in (recovery, exact))
     measured = to_measure(estimates, choices)
     return Screening(
         estimates=estimates,

@@ -60,6 +60,7 @@ def screen_run(run: Run, pair: ModelPair, settings: ScreenSettings) -> Iterator[
         if run.failure(task):
             continue
         yield Progress(stage="screen", task=task)
+        run.anchor(task)
         if settle(run, task, "screen", asdict(settings)):
             continue
         prompts = run.prompts().of_task(task).split("localize")
@@ -73,6 +74,7 @@ def screen_run(run: Run, pair: ModelPair, settings: ScreenSettings) -> Iterator[
             estimation=settings.estimation,
             batch_tokens=run.pass_tokens,
         )
+        check_gap(estimates.gap.numpy(), groups=estimates.queries)
         choices = choose(estimates, budget=settings.budget, seed=run.config.seed)
         measured = to_measure(estimates, choices)
         file = run.folder(task) / "screen.jsonl"
@@ -153,7 +155,7 @@ def _verdict(screened: Screened) -> dict[str, Any]:
         "is_poor": screened.is_poor,
         "is_beyond": screened.is_beyond,
         "moved": screened.moved,
-        "poor_layers": [asdict(one) for one in screened.poor_layers],
+        "poor_layers": [_known(asdict(one)) for one in screened.poor_layers],
         "threshold": screened.threshold,
         "missed_at_most": screened.missed_at_most,
         "confidence": screened.confidence,

@@ -51,7 +51,7 @@ def estimate(
         pair: The two models.
         token_ids: Unpadded prompts.
         anchor: What is read.
-        components: Ordered by layer. The estimate of a set is the sum of its members'.
+        components: Ordered by layer. The estimate of a set is the sum of its members', which should not overlap.
         sums: For each prompt, how often each sum counts each of its tokens, shape `(sum, token)`.
         approximation: `outputs`: exact in the component itself, linear downstream. `weights`: linear in its parameters.
             `ig`, integrated gradients: `weights` averaged over points between the models, all parameters moved at once,
