@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import first_order_oracle
-from conftest import SHAPES, build_pair, some_of_every_unit
+from conftest import SHAPES, build_model, build_pair, some_of_every_unit
 from weightpatch import Anchor, ModelPair
 from weightpatch.component import Component, components, partition
 from weightpatch.engine import first_order, suffix, swap
@@ -133,3 +133,16 @@ def test_an_unknown_approximation_is_refused() -> None:
     pair = build_pair("llama-gqa", dtype=torch.float64)
     with pytest.raises(ComponentError, match=r"unknown approximation 'gradient'\. Choose one of outputs, weights, ig"):
         estimate(pair, [Component.parse("L0")], approximation="gradient")
+
+
+@pytest.mark.parametrize("shape", ["llama-gqa", "gemma2", "qwen3-moe"])
+@pytest.mark.parametrize("approximation", ["outputs", "weights"])
+def test_in_bfloat16_estimates_stay_near_those_in_float32(shape: str, approximation: str) -> None:
+    models = [build_model(shape, seed=seed, dtype=torch.bfloat16) for seed in (1, 2)]
+    pair = ModelPair(base=models[0], specialized=models[1])
+    chosen = some_of_every_unit(pair, below=ANCHOR.layer)
+    rough = estimate(pair, chosen, approximation=approximation)
+    for model in models:
+        model.float()
+    fine = estimate(pair, chosen, approximation=approximation)
+    assert float((rough - fine).abs().mean()) < 0.05 * float(fine.abs().mean())

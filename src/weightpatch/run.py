@@ -179,7 +179,7 @@ class Run:
             past_anchor=tuple(Component.parse(address) for address in found["past_anchor"]),
             anchor=anchor,
             method=self.config.method,
-            engine=self.config.engine,
+            engine=self.config.engine if self.config.method == "exact" else "outputs",
         )
 
     def failure(self, task: str) -> str | None:

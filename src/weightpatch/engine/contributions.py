@@ -70,10 +70,10 @@ class Writes:
         if unit == "neurons" and members[0].expert is not None:
             return self._expert_neurons(gradients.mlp, sums)[:, [one.expert or 0 for one in members], index].T
         if unit == "neurons":
-            return (sums @ self._neurons(gradients.mlp)).T[index]
+            return summed(sums, self._neurons(gradients.mlp)).T[index]
         if unit == "heads.o" or (unit in ("heads", "heads.q", "kvs") and self.about.heads_are_independent):
-            return (sums @ self._heads(unit, gradients.attention)).T[index]
-        return torch.stack([sums @ self._alone(member, gradients) for member in members])
+            return summed(sums, self._heads(unit, gradients.attention)).T[index]
+        return torch.stack([summed(sums, self._alone(member, gradients)) for member in members])
 
     def _neurons(self, gradient: Tensor) -> Tensor:
         """Contributions `(token, neuron)`."""
@@ -120,7 +120,7 @@ class Writes:
                 gradient=gradient,
                 sums=sums,
             )
-            found.append(products[out].sum(dim=2))
+            found.append(products[out])
         return found[0] - found[1]
 
     def _alone(self, component: Component, gradients: Gradients) -> Tensor:
@@ -165,24 +165,25 @@ class Parameters:
         self.about = pair.architecture
         self.family = pair.architecture.family
         self.prefix = pair.architecture.layer_prefix(layer)
+        self._mixed: tuple[Tensor, dict[str, Tensor]] | None = None
 
     def of(self, members: Sequence[Component], gradients: Gradients, sums: Tensor) -> Tensor:
         """See `Contributions`."""
         first = members[0]
         if first.unit == "neurons" and first.expert is not None and self.family.experts:
             mixture = self._mixture(gradients.mlp, sums)
-            found = mixture[self.family.experts.matrix_out].sum(dim=2)
+            found = mixture[self.family.experts.matrix_out]
             for place, name in enumerate(self.family.experts.matrices_in):
                 start = self.family.experts.matrices_in[:place].count(name) * found.shape[-1]
-                found = found + mixture[name].sum(dim=3)[..., start : start + found.shape[-1]]
+                found = found + mixture[name][..., start : start + found.shape[-1]]
             return found[:, [one.expert or 0 for one in members], [one.index or 0 for one in members]].T
         if first.unit == "neurons":
             size, inputs = self.about.n_neurons_of(self.layer), self.family.mlp_in
-            found = sums @ self._by_input(f"{self.family.mlp_out}.weight", gradients)
+            found = summed(sums, self._by_input(f"{self.family.mlp_out}.weight", gradients))
             for place, path in enumerate(inputs):
                 start = size * inputs[:place].count(path)
                 for name in self._parameters_of(path):
-                    found = found + sums @ self._by_output(name, gradients)[:, start : start + size]
+                    found = found + summed(sums, self._by_output(name, gradients)[:, start : start + size])
             return found.T[[member.index or 0 for member in members]]
         return torch.stack([self._alone(member, gradients, sums) for member in members])
 
@@ -192,7 +193,10 @@ class Parameters:
         for piece in slices(self.about, component):
             name = piece.parameter.removeprefix(self.prefix)
             if name.rpartition(".")[0] not in self.seen:
-                total = total + piece.of(self._mixture(gradients.mlp, sums)[name].movedim(0, -1)).flatten(0, -2).sum(0)
+                mixed = self._mixture(gradients.mlp, sums)[name]
+                if mixed.ndim > 1:  # some experts, or all of them
+                    mixed = mixed[:, piece.start : piece.stop].flatten(1).sum(dim=1)
+                total = total + mixed
                 continue
             shape = self.about.parameters[piece.parameter]
             out_axis = 1 if self.family.transposed and len(shape) == 2 else 0
@@ -202,7 +206,7 @@ class Parameters:
                 by_token = self._by_output(name, gradients)[:, piece.start : piece.stop]
             else:
                 by_token = self._by_input(name, gradients)[:, piece.start : piece.stop]
-            total = total + sums @ by_token.sum(dim=1)
+            total = total + summed(sums, by_token.sum(dim=1))
         return total
 
     def _by_output(self, name: str, gradients: Gradients) -> Tensor:
@@ -235,10 +239,12 @@ class Parameters:
         return [f"{path}.{name}" for name, _ in self.call.layer.get_submodule(path).named_parameters()]
 
     def _mixture(self, gradient: Tensor, sums: Tensor) -> dict[str, Tensor]:
-        """Products of a mixture's parameters, shape `(sum, *parameter)` each."""
+        """What the parameters of a mixture contribute; see `_mixture_products`."""
+        if self._mixed and self._mixed[0] is gradient:
+            return self._mixed[1]
         names = [name for path in self.family.mlp for name in self._parameters_of(path)]
         ours, theirs = _both(self.pair, self.prefix, names)
-        return _mixture_products(
+        found = _mixture_products(
             self.call,
             (self.residual, self.seen[self.family.o][1]),
             {**ours, **self.weights},
@@ -246,6 +252,8 @@ class Parameters:
             gradient=gradient,
             sums=sums,
         )
+        self._mixed = gradient, found
+        return found
 
 
 def parametrized(pair: ModelPair, layer: int, call: LayerCall) -> tuple[str, ...]:
@@ -256,6 +264,11 @@ def parametrized(pair: ModelPair, layer: int, call: LayerCall) -> tuple[str, ...
         for path, module in call.layer.named_modules()
         if any(True for _ in module.parameters(recurse=False)) and not f"{path}.".startswith(mixture or "/")
     )
+
+
+def summed(sums: Tensor, by_token: Tensor) -> Tensor:
+    """Sums over tokens, in the precision of the sums: `(sum, token)` and `(token, ...)` -> `(sum, ...)`."""
+    return sums @ by_token.to(sums.dtype)
 
 
 def _both(pair: ModelPair, prefix: str, names: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -285,7 +298,8 @@ def _mixture_products(
         sums: As in `Contributions`.
 
     Returns:
-        Parameter -> shape `(sum, *parameter)`.
+        Parameter -> products added up over features, `(sum, expert, neuron)`, rows of several matrices side by side;
+        for what no expert owns, such as the router, over everything: `(sum,)`.
     """
     leaves = {name: weights[name].detach().requires_grad_() for name in factors}
     residual, attention = entering
@@ -293,9 +307,13 @@ def _mixture_products(
         path = call.family.mlp[-1]
         write = call.finish_at(path, residual.to(attention.device), {**weights, **leaves}, attention=attention)[1]
         along = (write.view_as(gradient) * gradient)[0].sum(dim=-1)
+    experts = call.family.experts
     found: dict[str, list[Tensor]] = {name: [] for name in factors}
     for row in sums:
-        grads = torch.autograd.grad(along, [*leaves.values()], row, retain_graph=True, allow_unused=True)
+        weighted = row.to(along.dtype)
+        grads = torch.autograd.grad(along, [*leaves.values()], weighted, retain_graph=True, allow_unused=True)
         for (name, factor), grad in zip(factors.items(), grads, strict=True):
-            found[name].append(torch.zeros_like(factor) if grad is None else grad * factor)
+            product = torch.zeros_like(factor) if grad is None else grad * factor
+            features = {3: 1 if experts and name == experts.matrix_out else 2}.get(product.ndim)
+            found[name].append(product.sum() if features is None else product.sum(dim=features))
     return {name: torch.stack(products) for name, products in found.items()}

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from weightpatch.architecture import embedding_weight
 from weightpatch.component import Component
-from weightpatch.engine.contributions import Contributions, Gradients, Parameters, Writes, parametrized
+from weightpatch.engine.contributions import Contributions, Gradients, Parameters, Writes, parametrized, summed
 from weightpatch.engine.hybrids import Hybrids, Seen, hybrid, watched
 from weightpatch.errors import ComponentError
 from weightpatch.packed.calls import LayerCall, record
@@ -139,7 +139,7 @@ class _Row:
             torch.tensor(path) for path in packing.paths_at([reader.places[prompt] for prompt in packing.prompts])
         )
         calls, residual = record(pair.base, tokens, packing, reader.layer, torch.cat(places))
-        whole = torch.cat(list(sums), dim=1).to(residual)
+        whole = torch.cat(list(sums), dim=1).to(residual.device, torch.promote_types(residual.dtype, torch.float32))
         return cls(
             pair=pair,
             reader=reader,
@@ -174,12 +174,17 @@ class _Row:
         for layer in reversed(range(self.reader.layer)):
             contributions, leaving, below = self._layer(layer, entering.pop(), gradients, approximation, point)
             for members in groups.get(layer, ()):
-                parts = [contributions.of(members, gradient, self.sums) for gradient in leaving]
+                parts = [
+                    contributions.of(members, gradient, self.sums.to(gradient.leaving.device)) for gradient in leaving
+                ]
                 yield members, _mean_size(parts, n_same=layer) if grad_drop else parts[0]
             gradients = [*below, *gradients[:1]] if grad_drop else below
         if members := [member for group in groups.get(None, ()) for member in group]:
             change = self._embedded - self.residual
-            parts = [(self.sums @ (change * gradient)[0].sum(dim=-1))[None] for gradient in gradients]
+            parts = [
+                summed(self.sums.to(change.device), (change * gradient.to(change))[0].sum(dim=-1))[None]
+                for gradient in gradients
+            ]
             part = _mean_size(parts, n_same=0) if grad_drop else parts[0]
             yield members, part.expand(len(members), -1)
 

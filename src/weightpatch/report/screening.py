@@ -38,7 +38,7 @@ _QUIET = "#6b7580"
 _APPROXIMATIONS = {
     "outputs": "the change of what the component itself writes, times the readout's gradient in the base",
     "weights": "the difference of its parameters between the two models, times the readout's gradient in the base",
-    "integrated": "the difference of its parameters, times the readout's gradient averaged over {n_steps} points on "
+    "ig": "the difference of its parameters, times the readout's gradient averaged over {n_steps} points on "
     "the way between the two models",
 }
 _CHOSEN = (("top", "circle"), ("random", "circle-open"), ("both", "circle-open-dot"))
