@@ -21,13 +21,13 @@ from torch import Tensor
 from weightpatch.architecture import embedding_weight
 from weightpatch.component import Component
 from weightpatch.engine.contributions import Contributions, Gradients, Parameters, Writes, parametrized, summed
-from weightpatch.engine.hybrids import Hybrids, Seen, hybrid, watched
+from weightpatch.engine.hybrids import Hybrids, Seen, embedded, watched
 from weightpatch.errors import ComponentError
 from weightpatch.packed.calls import LayerCall, record
 from weightpatch.packed.packing import MOST_TOKENS, Packing, side_by_side
 from weightpatch.pair import ModelPair
 from weightpatch.reader import Readable, Reader
-from weightpatch.residuals import evaluating, pad, walk
+from weightpatch.residuals import evaluating, pad
 
 Approximation = Literal["outputs", "weights", "ig"]
 N_STEPS = 8
@@ -200,13 +200,7 @@ class _Row:
     @cached_property
     def _embedded(self) -> Tensor:
         """The residual stream that enters layer 0 with the embedding specialized, shape `(1, token, feature)`."""
-        entering: list[Tensor] = []
-        weights = hybrid(self.pair, [Component.parse("embed")], prefix="")
-        walk(
-            self.pair.base, self.tokens, 0, lambda _layer, rows, _args, _kwargs: entering.append(rows), weights=weights
-        )
-        folded: Tensor = self.packing.fold(entering[0])
-        return folded
+        return embedded(self.pair, self.packing, self.tokens, [Component.parse("embed")])
 
     def _between(self, layer: int, point: float) -> dict[str, Tensor]:
         """A layer's parameters at a point between the two models; none for the base itself."""

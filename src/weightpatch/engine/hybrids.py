@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 
 from torch import Tensor
 
 from weightpatch.component import Component, components, slices
 from weightpatch.packed.calls import LayerCall
+from weightpatch.packed.packing import Packing
 from weightpatch.pair import ModelPair
+from weightpatch.residuals import walk
 
 Seen = Mapping[str, tuple[Tensor, Tensor]]
 """Input and output of some modules of a layer, as `LayerCall.watch` gives them."""
@@ -29,6 +31,25 @@ def hybrid(pair: ModelPair, members: Sequence[Component], *, prefix: str) -> dic
             weights[name] = ours.clone()
         piece.of(weights[name]).copy_(piece.of(theirs))
     return weights
+
+
+def embedded(pair: ModelPair, packing: Packing, tokens: Tensor, members: Iterable[Component]) -> Tensor:
+    """The packed row that enters layer 0 with those of the members specialized that lie in no layer.
+
+    Args:
+        pair: The two models.
+        packing: How the prompts lie.
+        tokens: The prompts, right-padded, shape `(prompt, token)`.
+        members: Components, `embed` among them.
+
+    Returns:
+        Shape `(1, token, feature)`.
+    """
+    entering: list[Tensor] = []
+    weights = hybrid(pair, [member for member in members if member.layer is None], prefix="")
+    walk(pair.base, tokens, 0, lambda _layer, rows, _args, _kwargs: entering.append(rows), weights=weights)
+    folded: Tensor = packing.fold(entering[0])
+    return folded
 
 
 def watched(pair: ModelPair, layer: int) -> tuple[str, ...]:

@@ -19,12 +19,12 @@ from torch import Tensor
 from weightpatch.architecture import embedding_weight
 from weightpatch.component import Component, Slice, slices
 from weightpatch.engine import Measured
-from weightpatch.engine.hybrids import Hybrids, hybrid
+from weightpatch.engine.hybrids import Hybrids, embedded, hybrid
 from weightpatch.packed.calls import LayerCall, record
 from weightpatch.packed.packing import MOST_TOKENS, Packing, pack
 from weightpatch.pair import ModelPair
 from weightpatch.reader import Readable, Reader
-from weightpatch.residuals import evaluating, pad, walk
+from weightpatch.residuals import evaluating, pad
 
 _ALONE = ("heads", "heads.q", "kvs")
 """Units whose members, all patched at once, do not disturb one another unless a norm spans them."""
@@ -129,7 +129,18 @@ class _Run:
     def measure(self, chunk: Sequence[Component], layer: int | None) -> Tensor:
         """Patched readouts of components of one layer, not below that of earlier calls; `(component, prompt)`."""
         if layer is None:
-            return self._read(self._finish(torch.cat([self._embedded(component) for component in chunk]), chunk, 0))
+            return self._read(
+                self._finish(
+                    torch.cat(
+                        [
+                            embedded(self.pair, self.packing, self.tokens, component.members or (component,))
+                            for component in chunk
+                        ]
+                    ),
+                    chunk,
+                    0,
+                )
+            )
         while self.layer < layer:
             self.residual = self._writes.hybrids.leaving if self._writes else self.calls[self.layer](self.residual)
             self.layer += 1
@@ -172,16 +183,6 @@ class _Run:
 
     def _read(self, rows: Tensor) -> Tensor:
         return self.reader.read_all(self.pair.base, rows.detach(), self.index, self.packing.prompts)
-
-    def _embedded(self, component: Component) -> Tensor:
-        """The packed row that enters layer 0 with the embedding patched, shape `(1, token, feature)`."""
-        entering: list[Tensor] = []
-        weights = hybrid(self.pair, [one for one in component.members or (component,) if one.layer is None], prefix="")
-        walk(
-            self.pair.base, self.tokens, 0, lambda _layer, rows, _args, _kwargs: entering.append(rows), weights=weights
-        )
-        folded: Tensor = self.packing.fold(entering[0])
-        return folded
 
 
 class _Writes:
