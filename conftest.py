@@ -14,6 +14,9 @@ from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser
 
 HERE = Path(__file__).parent
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # programs that tests start would otherwise fight for the workers' cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 
 def run_shell(example: Example) -> None:
     """Run a block with the programs of this environment first on the path; a failing line fails the block."""
