@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -128,6 +130,13 @@ def test_a_readout_of_other_prompts_is_refused() -> None:
     pair = build_pair("llama-gqa", dtype=torch.float64)
     with pytest.raises(PromptError, match="3 responses for 1 prompts: fit the readout on those that are measured"):
         localize(pair, ContrastPrompts(PROMPTS.rows[:1]), divergence(pair), units="mlps")
+
+
+def test_a_readout_fitted_on_as_many_other_prompts_is_refused() -> None:
+    pair = build_pair("llama-gqa", dtype=torch.float64)
+    fitted = replace(margin(pair), prompts=((1, 2), (3,), (4, 5)))
+    with pytest.raises(PromptError, match="fitted on other prompts"):
+        localize(pair, PROMPTS, fitted, units="mlps")
 
 
 def test_sizes_of_a_difference_are_refused() -> None:

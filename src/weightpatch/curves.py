@@ -85,18 +85,18 @@ def validate(run: Run, pair: ModelPair, settings: CurveSettings) -> Iterator[Pro
     for task in run.tasks:
         if run.failure(task):
             continue
-        effects = run.effects(task)
         file = run.folder(task) / "validation.json"
         found = run.validation(task)
         wanted = json.loads(json.dumps(asdict(settings)))
         if settings.ranking == "screen" and (table := run.folder(task) / "screen.parquet").is_file():
             wanted["screening"] = hashlib.sha256(table.read_bytes()).hexdigest()[:12]
-        if found.get("settings", wanted) != wanted:
+        then = json.loads(json.dumps(asdict(CurveSettings()))) | found.get("settings", wanted)
+        if then != wanted:
             raise RunError(
                 f"{file} was measured with other settings ({found['settings']}). Repeat them, or delete the file."
             )
         record: dict[str, Any] = {"settings": wanted, "points": found["points"]}
-        ranked = rank(effects) if settings.ranking == "effects" else _screened(run, task)
+        ranked = rank(run.effects(task)) if settings.ranking == "effects" else _screened(run, task)
         moved = by_difference(pair, ranked) if settings.largest_differences else ()
         points = _plan(ranked, moved, settings, seed=run.config.seed)
         known = {(point["recipient"], point["arm"], point["k"]) for point in record["points"]}
@@ -146,13 +146,13 @@ def _screened(run: Run, task: str) -> tuple[Component, ...]:
 def _plan(
     ranked: Sequence[Component], moved: Sequence[Component], settings: CurveSettings, *, seed: int
 ) -> list[_Point]:
-    counts = sorted({0, *(max(1, round(share * len(ranked))) for share in settings.shares)})
-    if len(ranked) >= MANY:
-        counts = [count for count in counts if count <= MOST_OF_MANY * len(ranked)]
-        counts = sorted({0, FEW, *counts, len(ranked)})
+    many = len(ranked) >= MANY
+    shares = [share for share in settings.shares if not many or share <= MOST_OF_MANY]
+    counts = {0, *(max(1, round(share * len(ranked))) for share in shares)}
+    counts |= {FEW, len(ranked)} if many else set()
     points = []
     for recipient in settings.recipients:
-        for count in counts:
+        for count in sorted(counts):
             top = _Point(recipient=recipient, arm="top", patch=tuple(ranked[:count]), n_pool=len(ranked))
             points.append(top)
             if 0 < count < len(ranked) and moved:

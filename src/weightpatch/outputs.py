@@ -29,11 +29,13 @@ class Margin:
         layer: The number of the models' layers: the output is read.
         compliant: For each prompt, tokens of a response that follows its instruction.
         plain: For each prompt, tokens of one that does not.
+        prompts: Tokens of the prompts that it is for, if it is to be refused for others.
     """
 
     layer: int
     compliant: tuple[TokenIds, ...]
     plain: tuple[TokenIds, ...]
+    prompts: tuple[TokenIds, ...] = ()
 
     @property
     def is_difference(self) -> bool:
@@ -42,6 +44,7 @@ class Margin:
 
     def sequences(self, prompts: TokenizedPrompts) -> tuple[TokenIds, ...]:
         """What the models run on: prompts with their compliant response, then with the plain one."""
+        _check_prompts(self.prompts, prompts)
         return (*forced(prompts.with_instruction, self.compliant), *forced(prompts.with_instruction, self.plain))
 
     def reader(self, token_ids: Sequence[Sequence[int]]) -> Reader:
@@ -66,11 +69,13 @@ class Divergence:
         layer: The number of the models' layers: the output is read.
         responses: For each prompt, tokens of the specialized model's response.
         log_probs: Its next-token log-probabilities there, `(token, vocabulary)` for each prompt.
+        prompts: Tokens of the prompts that it is for, if it is to be refused for others.
     """
 
     layer: int
     responses: tuple[TokenIds, ...]
     log_probs: tuple[Tensor, ...] = field(repr=False)
+    prompts: tuple[TokenIds, ...] = ()
 
     @property
     def is_difference(self) -> bool:
@@ -79,6 +84,7 @@ class Divergence:
 
     def sequences(self, prompts: TokenizedPrompts) -> tuple[TokenIds, ...]:
         """What the models run on: prompts with the response."""
+        _check_prompts(self.prompts, prompts)
         return tuple(forced(prompts.with_instruction, self.responses))
 
     def reader(self, token_ids: Sequence[Sequence[int]]) -> Reader:
@@ -118,6 +124,7 @@ def fit_margin(
         layer=pair.architecture.n_layers,
         compliant=tuple(one.ids for one in compliant),
         plain=tuple(one.ids for one in plain),
+        prompts=tokens.with_instruction,
     )
 
 
@@ -135,6 +142,7 @@ def fit_divergence(
         layer=pair.architecture.n_layers,
         responses=responses,
         log_probs=tuple(forced_log_probs(pair.specialized, tokens, responses)),
+        prompts=tokens,
     )
 
 
@@ -163,13 +171,19 @@ def forced_log_probs(
         for batch in batches(whole, batch_tokens):
             tokens = pad([whole[place] for place in batch], embedding_weight(model).device)
             start = min(len(token_ids[place]) for place in batch) - 1
-            kept = torch.arange(start, tokens.shape[1], device=tokens.device)
-            logits = model(input_ids=tokens, use_cache=False, logits_to_keep=kept).logits
+            logits = model(input_ids=tokens, use_cache=False, logits_to_keep=tokens.shape[1] - start).logits
             for row, place in enumerate(batch):
                 first = len(token_ids[place]) - 1 - start
                 own = logits[row, first : first + max(1, len(responses[place]))]
                 found[place] = torch.log_softmax(own.float(), dim=-1).cpu()
     return [found[place] for place in range(len(whole))]
+
+
+def _check_prompts(fitted: tuple[TokenIds, ...], prompts: TokenizedPrompts) -> None:
+    if fitted and fitted != prompts.with_instruction:
+        raise PromptError(
+            "this readout was fitted on other prompts: fit it on those that are measured, in their order."
+        )
 
 
 def forced(token_ids: Sequence[TokenIds], responses: Sequence[TokenIds]) -> list[TokenIds]:
@@ -190,10 +204,9 @@ def _places(sequences: Sequence[Sequence[int]], responses: Sequence[TokenIds]) -
 def _mean_log_prob(responses: Sequence[TokenIds], sequence: int, logits: Tensor) -> Tensor:
     """Of a response's tokens, `(..., position, vocabulary)` -> `(...)`; 0 for an empty response."""
     response = responses[sequence]
-    log_probs = torch.log_softmax(logits.float(), dim=-1).cpu().double()
-    if not response:
-        return log_probs.sum(dim=(-1, -2)) * 0
-    return log_probs[..., range(len(response)), list(response)].mean(dim=-1)
+    log_probs = torch.log_softmax(logits.float(), dim=-1)
+    chosen = log_probs[..., range(max(1, len(response))), list(response or (0,))].cpu().double()
+    return chosen.mean(dim=-1) * bool(response)
 
 
 def _minus_divergence(reference: Sequence[Tensor], sequence: int, logits: Tensor) -> Tensor:

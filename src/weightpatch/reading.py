@@ -85,8 +85,7 @@ def _through_head(
         for batch in batches(token_ids, batch_tokens):
             tokens = pad([token_ids[place] for place in batch], embedding_weight(model).device)
             start = min(min(reader.places[place]) for place in batch)
-            kept = torch.arange(start, tokens.shape[1], device=tokens.device)
-            logits = model(input_ids=tokens, use_cache=False, logits_to_keep=kept).logits
+            logits = model(input_ids=tokens, use_cache=False, logits_to_keep=tokens.shape[1] - start).logits
             for row, place in enumerate(batch):
                 own = [position - start for position in reader.places[place]]
                 found[place] = reader.score(place, logits[row, own])

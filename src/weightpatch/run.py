@@ -16,6 +16,7 @@ tasks/<task>/drill.jsonl, .json   a drill-down: exact effects line by line, and 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -351,12 +352,13 @@ def write_whole(file: Path, text: str) -> None:
 
 
 def settle(run: Run, task: str, stage: str, settings: dict[str, Any]) -> bool:
-    """Note the settings of a stage before it begins, in `<stage>.settings.json`; tell whether it is done already.
+    """Note settings and anchor of a stage before it begins, in `<stage>.settings.json`; tell whether it is done.
 
     Raises:
         RunError: it was begun with other settings.
     """
-    wanted = json.loads(json.dumps(settings))
+    anchor = (run.folder(task) / "anchor.safetensors").read_bytes()
+    wanted = json.loads(json.dumps(settings)) | {"anchor": hashlib.sha256(anchor).hexdigest()[:12]}
     file = run.folder(task) / f"{stage}.settings.json"
     results = (run.folder(task) / f"{stage}.jsonl", run.folder(task) / f"{stage}.json")
     if file.is_file() and any(result.is_file() and result.stat().st_size for result in results):

@@ -12,6 +12,7 @@ import torch
 from weightpatch.agreement import Agreement
 from weightpatch.anchor import Anchor
 from weightpatch.component import Component
+from weightpatch.errors import NoGapError
 from weightpatch.estimation import Estimation, estimate_tokens
 from weightpatch.localization import localize, sweep
 from weightpatch.outputs import fit_divergence, fit_margin
@@ -55,7 +56,9 @@ def screen_run(run: Run, pair: ModelPair, settings: ScreenSettings) -> Iterator[
 
     Raises:
         RunError: a screening with other settings is there, or nothing was measured yet.
+        NoGapError: in some task the models do not differ in the readout; the others are screened first.
     """
+    failures = []
     for task in run.tasks:
         if run.failure(task):
             continue
@@ -74,7 +77,11 @@ def screen_run(run: Run, pair: ModelPair, settings: ScreenSettings) -> Iterator[
             estimation=settings.estimation,
             batch_tokens=run.pass_tokens,
         )
-        check_gap(estimates.gap.numpy(), groups=estimates.queries)
+        try:
+            check_gap(estimates.gap.numpy(), groups=estimates.queries)
+        except NoGapError as error:
+            failures.append(f"{task}: {error}")
+            continue
         choices = choose(estimates, budget=settings.budget, seed=run.config.seed)
         measured = to_measure(estimates, choices)
         file = run.folder(task) / "screen.jsonl"
@@ -115,6 +122,8 @@ def screen_run(run: Run, pair: ModelPair, settings: ScreenSettings) -> Iterator[
         )
         tokens = _tokens(pair, prompts, settings, screening)
         _write(run, task, settings, screening, tokens)
+    if failures:
+        raise NoGapError(" ".join(failures))
 
 
 def _target(run: Run, task: str, pair: ModelPair, prompts: ContrastPrompts, settings: ScreenSettings) -> Target:

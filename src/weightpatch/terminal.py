@@ -194,7 +194,7 @@ def draw(steps: Iterator[Progress]) -> None:
             key = (step.stage, step.task)
             if key not in shown:
                 shown[key] = bars.add_task(f"{step.stage} {step.task}", total=step.total or None)
-            bars.update(shown[key], completed=step.done)
+            bars.update(shown[key], completed=step.done, total=step.total or None)
         for bar in shown.values():
             if bars.tasks[bar].total is None:  # a stage that is not counted in components
                 bars.update(bar, total=1, completed=1)

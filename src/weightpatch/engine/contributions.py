@@ -77,30 +77,35 @@ class Writes:
 
     def _neurons(self, gradient: Tensor) -> Tensor:
         """Contributions `(token, neuron)`."""
-        old, new = self.hybrids.neurons_in[0], self.hybrids.neurons_in_with[0]
-        theirs, ours = (self._columns_along(gradient, self.family.mlp_out, side) for side in (True, False))
-        return new * theirs - old * ours
+        old, new = (_wide(inputs[0]) for inputs in (self.hybrids.neurons_in, self.hybrids.neurons_in_with))
+        ours, moved = self._columns_along(gradient, self.family.mlp_out)
+        return (new - old) * (ours + moved) + old * moved
 
     def _heads(self, unit: str, gradient: Tensor) -> Tensor:
         """Contributions `(token, head or group)`."""
-        theirs, ours = (self._columns_along(gradient, self.family.o, side) for side in (True, False))
-        old = self.hybrids.heads_in[0]
-        if unit == "heads":
-            found = self.hybrids.heads_in_with("heads.q")[0] * theirs - old * ours
-        elif unit == "heads.o":
-            found = old * (theirs - ours)
+        ours, moved = self._columns_along(gradient, self.family.o)
+        old = _wide(self.hybrids.heads_in[0])
+        if unit == "heads.o":
+            found = old * moved
+        elif unit == "heads":
+            found = (_wide(self.hybrids.heads_in_with("heads.q")[0]) - old) * (ours + moved) + old * moved
         else:
-            found = (self.hybrids.heads_in_with(unit)[0] - old) * ours
+            found = (_wide(self.hybrids.heads_in_with(unit)[0]) - old) * ours
         size = self.about.head_dim * (self.about.heads_per_kv if unit == "kvs" else 1)
         return found.reshape(len(found), -1, size).sum(dim=2)
 
-    def _columns_along(self, gradient: Tensor, path: str, specialized: bool) -> Tensor:
-        """How the readout follows what each column of a last projection is multiplied with, `(token, column)`."""
-        name = f"{self.hybrids.prefix}{path}.weight"
-        ours = self.pair.base.get_parameter(name).detach()
-        weight = self.pair.specialized_weight(name).to(ours.device) if specialized else ours
-        along: Tensor = gradient[0] @ (weight.T if self.family.transposed else weight)
-        return along
+    def _columns_along(self, gradient: Tensor, path: str) -> tuple[Tensor, Tensor]:
+        """How the readout follows what each column of a last projection is multiplied with, `(token, column)`.
+
+        Returns:
+            With the base's columns, and with the specialized ones' difference to them: small, so taken first.
+        """
+        ours, theirs = _both(self.pair, self.hybrids.prefix, [f"{path}.weight"])
+        base, other = (_wide(side[f"{path}.weight"]) for side in (ours, theirs))
+        along = _wide(gradient[0])
+        if self.family.transposed:
+            base, other = base.T, other.T
+        return along @ base, along @ (other - base)
 
     def _expert_neurons(self, gradient: Tensor, sums: Tensor) -> Tensor:
         """Contributions `(sum, expert, neuron)`: what experts write is linear in their last matrices."""
@@ -135,7 +140,7 @@ class Writes:
             change, gradient = write.view_as(here.mlp) - here.mlp, gradients.mlp
         else:
             change, gradient = call(here.residual, weights) - here.leaving, gradients.leaving
-        return (change * gradient)[0].sum(dim=-1)
+        return (_wide(change) * _wide(gradient))[0].sum(dim=-1)
 
 
 class Parameters:
@@ -216,20 +221,30 @@ class Parameters:
         module = self.call.layer.get_submodule(path)
         ours, theirs = _both(self.pair, self.prefix, [name])
         if ours[name].ndim == 2:
-            difference = theirs[name] - ours[name]
-            change = entering @ (difference if self.family.transposed else difference.T)
+            difference = _wide(theirs[name]) - _wide(ours[name])
+            change = _wide(entering) @ (difference if self.family.transposed else difference.T)
         else:
-            change = functional_call(module, {last: theirs[name]}, entering)
-            change = change - functional_call(module, {last: ours[name]}, entering)
-        return self._flat(change) * self._flat(gradients.modules[path])
+            change = _wide(functional_call(module, {last: theirs[name]}, entering))
+            change = change - _wide(functional_call(module, {last: ours[name]}, entering))
+        gradient = _wide(gradients.modules[path])
+        if entering.ndim == 4 and self._has_heads_first(entering):
+            change, gradient = change.transpose(1, 2), gradient.transpose(1, 2)
+        return self._flat(change) * self._flat(gradient)
 
     def _by_input(self, name: str, gradients: Gradients) -> Tensor:
         """A matrix's part, by the module's inputs: `(token, input)`."""
         path = name.rpartition(".")[0]
         ours, theirs = _both(self.pair, self.prefix, [name])
-        difference = theirs[name] - ours[name]
-        along = self._flat(gradients.modules[path]) @ (difference.T if self.family.transposed else difference)
-        return self._flat(self.seen[path][0]) * along
+        difference = _wide(theirs[name]) - _wide(ours[name])
+        along = self._flat(_wide(gradients.modules[path])) @ (difference.T if self.family.transposed else difference)
+        return self._flat(_wide(self.seen[path][0])) * along
+
+    def _has_heads_first(self, entering: Tensor) -> bool:
+        """Whether a norm of heads works on `(1, head, token, feature)`; a transposed view, where both are as many."""
+        n_tokens = self.residual.shape[1]
+        if entering.shape[1] != entering.shape[2]:
+            return entering.shape[2] == n_tokens
+        return entering.stride(1) < entering.stride(2)
 
     def _flat(self, tensor: Tensor) -> Tensor:
         """`(1, token, ...)` -> `(token, all the rest)`."""
@@ -264,6 +279,11 @@ def parametrized(pair: ModelPair, layer: int, call: LayerCall) -> tuple[str, ...
         for path, module in call.layer.named_modules()
         if any(True for _ in module.parameters(recurse=False)) and not f"{path}.".startswith(mixture or "/")
     )
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """In float32 at least: what is added up here are differences of nearly equal numbers."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def summed(sums: Tensor, by_token: Tensor) -> Tensor:
@@ -313,7 +333,7 @@ def _mixture_products(
         weighted = row.to(along.dtype)
         grads = torch.autograd.grad(along, [*leaves.values()], weighted, retain_graph=True, allow_unused=True)
         for (name, factor), grad in zip(factors.items(), grads, strict=True):
-            product = torch.zeros_like(factor) if grad is None else grad * factor
+            product = _wide(torch.zeros_like(factor) if grad is None else grad) * _wide(factor)
             features = {3: 1 if experts and name == experts.matrix_out else 2}.get(product.ndim)
             found[name].append(product.sum() if features is None else product.sum(dim=features))
     return {name: torch.stack(products) for name, products in found.items()}

@@ -76,7 +76,11 @@ def estimate(
     place = {component: number for number, component in enumerate(singles)}
     found = torch.zeros(len(singles), sums[0].shape[0], dtype=torch.float64)
     points = [(step + 0.5) / n_steps for step in range(n_steps)] if approximation == "ig" else [0.0]
-    groups = _grouped(single for single in singles if single.layer is None or single.layer < anchor.layer)
+    groups = _grouped(
+        single
+        for single in singles
+        if single.address == "embed" or (single.layer is not None and single.layer < anchor.layer)
+    )
     reader = anchor.reader(token_ids)
     with evaluating(pair.base):
         for packing in side_by_side(token_ids, most_tokens=min(batch_tokens, MOST_TOKENS)):

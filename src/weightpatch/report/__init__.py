@@ -150,7 +150,8 @@ def _screening(task: TaskResult, run: Run, drawn: _Figures) -> dict[str, object]
     table = run.screen_table(task.name)
     settings, units = record["settings"], list(record["units"])
     n_layers = int(run.manifest["architecture"]["n_layers"])
-    place = {"n_layers": n_layers, "anchor_layer": n_layers if task.anchor is None else task.anchor.layer}
+    of_anchor = task.anchor is not None and settings.get("readout", "anchor") == "anchor"
+    place = {"n_layers": n_layers, "anchor_layer": task.anchor.layer if task.anchor and of_anchor else n_layers}
     found: dict[str, go.Figure] = {}
     if (unit := screening.largest_unit(table)) is not None:
         found["spread"] = screening.spread_figure(table, unit, **place)
