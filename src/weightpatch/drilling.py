@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -192,17 +192,14 @@ def steps(
         wanted = tuple(part for one in batch for part in one.parts)
     ordered = sorted(found, key=_layer)
     return DrillDown(
-        effects=Effects(
+        effects=replace(
+            estimates,
             components=tuple(ordered),
             per_prompt=torch.stack([found[component] for component in ordered]),
-            base=estimates.base,
-            specialized=estimates.specialized,
-            prompt_ids=estimates.prompt_ids,
-            queries=estimates.queries,
             past_anchor=tuple(one for one in estimates.past_anchor if one.unit == "blocks"),
-            anchor=anchor,
             method="exact",
             engine=engine,
+            per_span={},
         ),
         opened=tuple(opened),
     )

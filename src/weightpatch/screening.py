@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -302,17 +302,13 @@ def compare(
     measured = to_measure(estimates, choices)
     return Screening(
         estimates=estimates,
-        exact=Effects(
+        exact=replace(
+            estimates,
             components=measured,
             per_prompt=torch.stack([found[component] for component in measured]),
-            base=estimates.base,
-            specialized=estimates.specialized,
-            prompt_ids=estimates.prompt_ids,
-            queries=estimates.queries,
-            past_anchor=estimates.past_anchor,
-            anchor=estimates.anchor,
             method="exact",
             engine=engine,
+            per_span={},
         ),
         units={
             choice.unit: _screened(choice, recovery, exact, moved=moved, threshold=threshold, confidence=confidence)

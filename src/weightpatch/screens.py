@@ -147,7 +147,7 @@ def _write(run: Run, task: str, settings: ScreenSettings, screening: Screening, 
     table.to_parquet(partial, index=False)
     partial.replace(folder / "screen.parquet")
     record = {
-        "settings": json.loads(json.dumps(asdict(settings))),
+        "settings": asdict(settings),
         "units": {unit: _verdict(screened) for unit, screened in screening.units.items()},
         "tokens": tokens,
     }

@@ -129,18 +129,8 @@ class _Run:
     def measure(self, chunk: Sequence[Component], layer: int | None) -> Tensor:
         """Patched readouts of components of one layer, not below that of earlier calls; `(component, prompt)`."""
         if layer is None:
-            return self._read(
-                self._finish(
-                    torch.cat(
-                        [
-                            embedded(self.pair, self.packing, self.tokens, component.members or (component,))
-                            for component in chunk
-                        ]
-                    ),
-                    chunk,
-                    0,
-                )
-            )
+            rows = [embedded(self.pair, self.packing, self.tokens, one.members or (one,)) for one in chunk]
+            return self._read(self._finish(torch.cat(rows), chunk, 0))
         while self.layer < layer:
             self.residual = self._writes.hybrids.leaving if self._writes else self.calls[self.layer](self.residual)
             self.layer += 1
