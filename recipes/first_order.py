@@ -25,8 +25,9 @@ from training import find_base
 from weightpatch import Anchor, ContrastPrompts, Estimation, ModelPair, fit_anchor, localize
 from weightpatch.agreement import Agreement, agreement
 from weightpatch.component import Component
+from weightpatch.effects import Effects
 from weightpatch.estimation import estimate_effects
-from weightpatch.localization import Effects, plan, sweep
+from weightpatch.localization import plan, sweep
 from weightpatch.reading import Target
 from weightpatch.screening import choose, compare, to_measure
 

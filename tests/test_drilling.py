@@ -15,8 +15,9 @@ from weightpatch import Anchor, ContrastPrompts, ModelPair
 from weightpatch.architecture import Architecture
 from weightpatch.component import Component, components, slices
 from weightpatch.drilling import DrillDown, drill, short, steps
+from weightpatch.effects import ComponentEffect, Effects
 from weightpatch.errors import ComponentError, NoGapError
-from weightpatch.localization import ComponentEffect, Effects, localize
+from weightpatch.localization import localize
 
 LAYER = 2
 DENSE, MIXTURE = "llama-gqa", "qwen3-moe"

@@ -7,7 +7,7 @@ import torch
 
 from weightpatch import ContrastPrompts, Estimation, ModelPair, fit_anchor, localize
 from weightpatch.agreement import agreement
-from weightpatch.localization import Effects
+from weightpatch.effects import Effects
 from weightpatch.screening import choose, compare, to_measure
 
 pytestmark = pytest.mark.slow

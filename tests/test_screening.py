@@ -15,9 +15,10 @@ from conftest import build_model
 from weightpatch import Anchor, ContrastPrompts, ModelPair
 from weightpatch.component import Component
 from weightpatch.difference import weight_differences
+from weightpatch.effects import ComponentEffect, Effects
 from weightpatch.errors import ComponentError, NoGapError
 from weightpatch.estimation import Estimation
-from weightpatch.localization import ComponentEffect, Effects, localize, sweep
+from weightpatch.localization import localize, sweep
 from weightpatch.screening import Choice, Screening, choose, compare, screen
 
 LAYER = 2

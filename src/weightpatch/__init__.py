@@ -12,10 +12,10 @@ if TYPE_CHECKING:
     from weightpatch.anchor import Anchor as Anchor
     from weightpatch.component import Component as Component
     from weightpatch.drilling import drill as drill
+    from weightpatch.effects import Effects as Effects
     from weightpatch.errors import WeightpatchError as WeightpatchError
     from weightpatch.estimation import Estimation as Estimation
     from weightpatch.fitting import fit_anchor as fit_anchor
-    from weightpatch.localization import Effects as Effects
     from weightpatch.localization import localize as localize
     from weightpatch.pair import ModelPair as ModelPair
     from weightpatch.patch import patched as patched
@@ -29,7 +29,7 @@ _HOME = {
     "Anchor": "anchor",
     "Component": "component",
     "ContrastPrompts": "prompts",
-    "Effects": "localization",
+    "Effects": "effects",
     "Estimation": "estimation",
     "ModelPair": "pair",
     "WeightpatchError": "errors",

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from weightpatch.architecture import Architecture
 from weightpatch.component import Component, components
+from weightpatch.effects import ComponentEffect, Effects
 from weightpatch.errors import ComponentError
-from weightpatch.localization import ComponentEffect, Effects, Engine, localize, sweep
+from weightpatch.localization import Engine, localize, sweep
 from weightpatch.pair import ModelPair
 from weightpatch.prompts import ContrastPrompts
 from weightpatch.reading import Target

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from weightpatch.anchor import Anchor
 from weightpatch.component import Component
+from weightpatch.engine.activations import Source, Where
 from weightpatch.engine.first_order import N_STEPS, Approximation, estimate
 from weightpatch.errors import ComponentError
 from weightpatch.pair import ModelPair
@@ -61,6 +62,8 @@ def estimate_effects(
     below: Sequence[Component],
     how: Estimation,
     *,
+    source: Source = "weights",
+    where: Where = "all",
     batch_tokens: int | None = None,
 ) -> Estimates:
     """Estimate the effects of all components at once.
@@ -71,6 +74,8 @@ def estimate_effects(
         anchor: What is read.
         below: Components that reach it, ordered by layer.
         how: The approximation.
+        source: What is patched: components' weights, or what they put out (by `outputs` only).
+        where: At which tokens activations are patched: all, or the readout positions.
         batch_tokens: Most tokens of one forward and backward pass; None: `residuals.BATCH_TOKENS`.
 
     Raises:
@@ -105,6 +110,8 @@ def estimate_effects(
         approximation=how.approximation,
         n_steps=how.n_steps,
         grad_drop=how.grad_drop,
+        source=source,
+        where=where,
         batch_tokens=batch_tokens or BATCH_TOKENS,
     )
     return Estimates(

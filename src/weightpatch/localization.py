@@ -4,142 +4,30 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, get_args
+from contextlib import ExitStack
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from weightpatch.anchor import Anchor
 from weightpatch.component import Component, components
-from weightpatch.engine import Sweep, suffix, swap
+from weightpatch.effects import ComponentEffect, Effects
+from weightpatch.engine import Measured, suffix, swap
+from weightpatch.engine.activations import Source, Where, check_outputs
+from weightpatch.engine.deliveries import Deliveries
 from weightpatch.errors import AnchorError, ComponentError
-from weightpatch.estimation import Estimation, estimate_effects
+from weightpatch.estimation import Estimates, Estimation, estimate_effects
 from weightpatch.pair import ModelPair
 from weightpatch.prompts import ContrastPrompts
 from weightpatch.reading import Target, check_target, contrasted, inputs, reference
 from weightpatch.residuals import BATCH_TOKENS, tokens_per_call
-from weightpatch.statistics import check_gap, recovery
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-Method = Literal["exact", "first-order"]
+Method = Literal["exact", "first-order", "activation", "necessity"]
 Engine = Literal["suffix", "swap"]
 
-ENGINES: dict[str, Sweep] = {"suffix": suffix.sweep, "swap": swap.sweep}
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Effects:
-    """What each component's specialized weights do to the readout, prompt by prompt, and how it was measured.
-
-    Attributes:
-        components: What was patched; `str()` of each is its address.
-        per_prompt: Patched minus base readout, shape `(component, prompt)`, float64, in the readout's unit.
-        base: Readout of the base, shape `(prompt,)`, same unit.
-        specialized: Readout of the specialized model, same shape and unit.
-        prompt_ids: Ids of the prompts.
-        queries: The base query of each; prompts of one query are resampled together in intervals.
-        past_anchor: Components asked for that lie at or past the anchor. Their effect on it is 0 by construction, so
-            they were not measured and are not among `components`.
-        anchor: What was read: an anchor, or a readout of the output.
-        method: How effects were found: `exact` or `first-order`.
-        engine: By which code; for estimates, by which approximation.
-        per_span: Span of tokens -> mean over prompts of what acts there, shape `(component,)`; estimates only, which
-            are sums over tokens. Together the spans are the mean effect.
-    """
-
-    components: tuple[Component, ...]
-    per_prompt: Tensor
-    base: Tensor
-    specialized: Tensor
-    prompt_ids: tuple[str, ...]
-    queries: tuple[str, ...]
-    past_anchor: tuple[Component, ...]
-    anchor: Target
-    method: str
-    engine: str
-    per_span: Mapping[str, Tensor] = field(default_factory=dict)
-
-    @property
-    def gap(self) -> Tensor:
-        """Specialized minus base readout, shape `(prompt,)`."""
-        return self.specialized - self.base
-
-    def table(self, *, seed: int = 0) -> pd.DataFrame:
-        """One row for each component, in the order of `components`.
-
-        Args:
-            seed: Of the bootstrap over queries.
-
-        Returns:
-            Columns component, unit, layer, effect (mean over prompts, the readout's unit), recovery (ratio of means),
-            ci_low and ci_high (its bootstrap 95 % interval; NaN with a single prompt), mean_of_ratios.
-
-        Raises:
-            NoGapError: the two models do not differ measurably in the readout.
-        """
-        import pandas as pd
-
-        share = recovery(self.per_prompt.numpy(), self.gap.numpy(), groups=self.queries, seed=seed)
-        return pd.DataFrame(
-            {
-                "component": [str(component) for component in self.components],
-                "unit": [component.unit for component in self.components],
-                "layer": pd.array([component.layer for component in self.components], dtype="Int64"),
-                "effect": self.per_prompt.mean(dim=1).numpy(),
-                "recovery": share.ratio,
-                "ci_low": share.low,
-                "ci_high": share.high,
-                "mean_of_ratios": share.mean_of_ratios,
-            }
-        )
-
-    def by_span(self) -> pd.DataFrame:
-        """Where in the prompts each component acts: one row for each, its recovery split by span.
-
-        Returns:
-            Columns component, unit, layer, one for each span that prompts have (`weightpatch.spans.SPANS`), and
-            recovery, their sum.
-
-        Raises:
-            ComponentError: effects that are no sums over tokens: exact ones, those of a contrast or with `grad_drop`.
-            NoGapError: the two models do not differ measurably in the readout.
-        """
-        import pandas as pd
-
-        if not self.per_span:
-            raise ComponentError(
-                f"these effects ({self.method}, {self.engine}) are no sums over the tokens of these prompts. "
-                'Use localize(..., method="first-order"), no contrast readout, no grad_drop.'
-            )
-        gap = check_gap(self.gap.numpy(), groups=self.queries).estimate
-        shares = {span: values.numpy() / gap for span, values in self.per_span.items()}
-        about = {
-            "component": [str(component) for component in self.components],
-            "unit": [component.unit for component in self.components],
-            "layer": pd.array([component.layer for component in self.components], dtype="Int64"),
-        }
-        return pd.DataFrame({**about, **shares, "recovery": self.per_prompt.mean(dim=1).numpy() / gap})
-
-    def top(self, k: int = 20, *, seed: int = 0) -> pd.DataFrame:
-        """The rows of `table` with the highest recovery, best first."""
-        table = self.table(seed=seed).sort_values("recovery", ascending=False, kind="stable")
-        return table.head(k).reset_index(drop=True)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ComponentEffect:
-    """One component's effects as they come out of a sweep.
-
-    Attributes:
-        component: What was patched.
-        per_prompt: Patched minus base readout, shape `(prompt,)`, float64.
-    """
-
-    component: Component
-    per_prompt: Tensor
+ALL_TARGETS = "all"
+"""Stands for everything that writes to the residual stream: the embedding, heads, biases of attentions, and MLPs."""
 
 
 def localize(
@@ -151,20 +39,29 @@ def localize(
     method: Method = "exact",
     engine: Engine = "suffix",
     estimation: Estimation | None = None,
+    at: Where = "all",
+    targets: str | Sequence[str | Component] = (),
     batch_tokens: int | None = None,
     on_effect: Callable[[ComponentEffect], None] | None = None,
 ) -> Effects:
-    """Patch each component's specialized weights into the base and measure the anchor's readout, or estimate it.
+    """Patch each component in turn and measure what the anchor's readout does, or estimate it.
 
     Args:
         pair: The two models.
         prompts: All of them are used, with their instruction.
         anchor: What to read: an anchor, or what the output says (`weightpatch.outputs`: `Margin`, `Divergence`).
         units: Units (`heads`, `kvs`, `mlps`, ...) and addresses (`L5.N812`), in one string with commas or a sequence.
-        method: `exact`: the weights are really in place. `first-order`: all components at once, from one forward and
-            one backward pass; see `weightpatch.screening` for how good that is on a pair.
-        engine: `suffix` (fast) or `swap` (writes weights and runs the whole model; the oracle), for exact effects.
-        estimation: How to estimate, for `first-order`; None: by outputs.
+        method: `exact`, weight patching: the base receives the component's specialized weights. `first-order`: the same
+            for all components at once, from one forward and one backward pass; see `weightpatch.screening` for how good
+            that is on a pair. `activation`, activation patching: the base receives what the component puts out in the
+            specialized model's own run on the same prompt; its weights stay. `necessity`: the specialized model
+            receives the component's base weights (all of its weights are in memory meanwhile).
+        engine: `suffix` (fast) or `swap` (writes weights and runs the whole model; the oracle), for weights.
+        estimation: How to estimate, for `first-order` (None: by outputs); with `activation` and `necessity`: estimate
+            them too instead of patching.
+        at: Where activations are patched: at `all` tokens, or at the `readouts`, the anchor's positions.
+        targets: Whose writes along the anchor's direction are read while the patched model runs: units and addresses,
+            or `"all"`, which is everything that writes. Costs no further forward pass. See `Effects.per_target`.
         batch_tokens: Most tokens of one forward call; None: as many as suit the model and its device. Changes speed
             and memory, not the numbers beyond rounding.
         on_effect: Called with each component's effects as they are measured, for progress.
@@ -173,28 +70,40 @@ def localize(
         The effects, in the order of layers and units.
 
     Raises:
-        ComponentError: an unknown unit or address.
-        AnchorError: the anchor does not fit the pair, or nothing asked for lies below it.
+        ComponentError: an unknown unit, address or method, or a component without an output to patch.
+        AnchorError: the anchor does not fit the pair, nothing asked for lies below it, or it is no projection but
+            targets are asked for.
         PromptError: text without a tokenizer, or tokens outside the vocabulary.
+
+    Source:
+        Weight patching and its activation counterpart on the same anchor: Sun et al. 2026 (arXiv:2604.13694), in our
+        reading. Necessity with exchanged roles, targets, and what counts as a component's output are our choice.
     """
     if isinstance(anchor, Anchor) and anchor.report is not None and not anchor.report.stable:
         failed = ", ".join(gate.name for gate in anchor.report.gates if not gate.passed)
         warnings.warn(f"the anchor is unstable: it failed {failed}; recoveries on it may mean little", stacklevel=2)
     below, past = plan(pair, anchor, units)
-    _check_method(method, engine)
-    how = estimation or Estimation()
+    estimated = estimation or (Estimation() if method == "first-order" else None)
+    read = targets_of(pair, anchor, targets)
     per_span: Mapping[str, Tensor] = {}
-    if method == "first-order":
-        _check_head(pair, below, anchor)
-        estimates = estimate_effects(pair, prompts, anchor, below, how, batch_tokens=batch_tokens)
+    per_target = torch.zeros(len(below), 0, len(prompts), dtype=torch.float64)
+    if estimated:
+        _check(pair, below, anchor, method=method, engine=engine, estimation=estimated, targets=read)
+        estimates = _estimate(
+            pair, prompts, anchor, below, method=method, how=estimated, at=at, batch_tokens=batch_tokens
+        )
         per_prompt, per_span = estimates.per_prompt, estimates.per_span
     else:
-        found: list[Tensor] = []
-        for effect in sweep(pair, prompts, anchor, below, method=method, engine=engine, batch_tokens=batch_tokens):
-            found.append(effect.per_prompt)
+        found: list[ComponentEffect] = []
+        for effect in sweep(
+            pair, prompts, anchor, below, method=method, engine=engine, at=at, targets=read, batch_tokens=batch_tokens
+        ):
+            found.append(effect)
             if on_effect:
                 on_effect(effect)
-        per_prompt = torch.stack(found)
+        per_prompt = torch.stack([effect.per_prompt for effect in found])
+        if read:
+            per_target = torch.stack([effect.per_target for effect in found if effect.per_target is not None])
     base, specialized = reference(pair, prompts, anchor, batch_tokens=batch_tokens or BATCH_TOKENS)
     return Effects(
         components=below,
@@ -206,8 +115,11 @@ def localize(
         past_anchor=past,
         anchor=anchor,
         method=method,
-        engine=how.name if method == "first-order" else engine,
+        engine=estimated.name if estimated else engine,
         per_span=per_span,
+        targets=read,
+        per_target=per_target,
+        delivered=deliver(pair, prompts, anchor, read, batch_tokens=batch_tokens),
     )
 
 
@@ -242,6 +154,58 @@ def reaches(component: Component, anchor: Target) -> bool:
     return component.address == "embed" if component.layer is None else component.layer < anchor.layer
 
 
+def targets_of(pair: ModelPair, anchor: Target, targets: str | Sequence[str | Component]) -> tuple[Component, ...]:
+    """The targets that some units and addresses name, as far as they lie below the anchor; none for nothing.
+
+    Raises:
+        ComponentError: an unknown unit or address, or one that writes nothing of its own.
+        AnchorError: a readout that is not the sum of writes: a cosine, or of the output.
+    """
+    if not targets:
+        return ()
+    if not isinstance(anchor, Anchor) or anchor.readout == "cosine":
+        raise AnchorError(
+            "only a projection is the sum of what components write along a direction, so only an anchor with the "
+            "readout projection or contrast has targets. Choose such a readout, or leave targets out."
+        )
+    if targets == ALL_TARGETS:
+        named = components(pair.architecture, "embed,heads,rests,mlps")
+        named = tuple(one for one in named if not one.address.endswith(".mlp.rest"))  # an MLP's write holds its bias
+    else:
+        named = components(pair.architecture, targets)
+    Deliveries(pair=pair, targets=named, direction=anchor.direction)
+    return tuple(one for one in named if reaches(one, anchor))
+
+
+def deliver(
+    pair: ModelPair,
+    prompts: ContrastPrompts,
+    anchor: Target,
+    targets: Sequence[Component],
+    *,
+    batch_tokens: int | None = None,
+) -> Tensor:
+    """What targets write along the anchor's direction in the base and in the specialized model: `(2, target, prompt)`.
+
+    Args:
+        pair: The two models.
+        prompts: All of them are used.
+        anchor: Where it is read, and along what.
+        targets: From `targets_of`.
+        batch_tokens: As in `localize`.
+    """
+    if not targets or not isinstance(anchor, Anchor):
+        return torch.zeros(2, 0, len(prompts), dtype=torch.float64)
+    found = suffix.delivered(
+        pair,
+        inputs(pair, prompts, anchor),
+        anchor,
+        Deliveries(pair=pair, targets=tuple(targets), direction=anchor.direction),
+        batch_tokens=batch_tokens or tokens_per_call(pair.base),
+    )
+    return contrasted(torch.stack(found), anchor)
+
+
 def sweep(
     pair: ModelPair,
     prompts: ContrastPrompts,
@@ -250,6 +214,9 @@ def sweep(
     *,
     method: Method = "exact",
     engine: Engine = "suffix",
+    estimation: Estimation | None = None,
+    at: Where = "all",
+    targets: Sequence[Component] = (),
     batch_tokens: int | None = None,
     skip: Set[Component] = frozenset(),
 ) -> Iterator[ComponentEffect]:
@@ -262,30 +229,105 @@ def sweep(
         below: What to patch, ordered by layer, as `plan` returns it.
         method: As in `localize`.
         engine: As in `localize`.
+        estimation: As in `localize`.
+        at: As in `localize`.
+        targets: From `targets_of`.
         batch_tokens: As in `localize`.
         skip: Components already known. They may come again where they share a forward call with others.
     """
-    _check_method(method, engine)
-    if method == "first-order" or engine == "suffix":
-        _check_head(pair, below, anchor)
-    if method == "first-order":
-        estimates = estimate_effects(pair, prompts, anchor, below, Estimation(), batch_tokens=batch_tokens)
+    estimation = estimation or (Estimation() if method == "first-order" else None)
+    _check(pair, below, anchor, method=method, engine=engine, estimation=estimation, targets=targets)
+    if estimation:
+        estimates = _estimate(
+            pair, prompts, anchor, below, method=method, how=estimation, at=at, batch_tokens=batch_tokens
+        )
         for component, effects in zip(below, estimates.per_prompt, strict=True):
             yield ComponentEffect(component=component, per_prompt=effects)
         return
     check_target(pair, prompts, anchor)
     token_ids = inputs(pair, prompts, anchor)
     width = batch_tokens or (tokens_per_call(pair.base) if engine == "suffix" else BATCH_TOKENS)
-    for measured in ENGINES[engine](pair, token_ids, anchor, below, batch_tokens=width, skip=skip):
-        change = measured.readout - measured.base
-        yield ComponentEffect(component=measured.component, per_prompt=contrasted(change, anchor))
+    with ExitStack() as stack:
+        recipient = stack.enter_context(pair.exchanged()) if method == "necessity" else pair
+        found: Iterator[Measured]
+        if engine == "swap":
+            found = swap.sweep(recipient, token_ids, anchor, below, batch_tokens=width, skip=skip)
+        else:
+            deliveries = None
+            if targets and isinstance(anchor, Anchor):
+                deliveries = Deliveries(pair=recipient, targets=tuple(targets), direction=anchor.direction)
+            found = suffix.sweep(
+                recipient,
+                token_ids,
+                anchor,
+                below,
+                batch_tokens=width,
+                skip=skip,
+                source="activations" if method == "activation" else "weights",
+                where=at,
+                deliveries=deliveries,
+            )
+        sign = -1 if method == "necessity" else 1
+        for measured in found:
+            change = sign * (measured.readout - measured.base)
+            delivered = None if measured.delivered is None else contrasted(sign * measured.delivered, anchor)
+            yield ComponentEffect(
+                component=measured.component, per_prompt=contrasted(change, anchor), per_target=delivered
+            )
 
 
-def _check_method(method: str, engine: str) -> None:
+def _estimate(
+    pair: ModelPair,
+    prompts: ContrastPrompts,
+    anchor: Target,
+    below: Sequence[Component],
+    *,
+    method: Method,
+    how: Estimation,
+    at: Where,
+    batch_tokens: int | None,
+) -> Estimates:
+    source: Source = "activations" if method == "activation" else "weights"
+    if method != "necessity":
+        return estimate_effects(pair, prompts, anchor, below, how, source=source, where=at, batch_tokens=batch_tokens)
+    with pair.exchanged() as recipient:
+        found = estimate_effects(recipient, prompts, anchor, below, how, batch_tokens=batch_tokens)
+    sign = 1 if how.grad_drop else -1
+    return Estimates(
+        per_prompt=sign * found.per_prompt,
+        per_span={span: sign * values for span, values in found.per_span.items()},
+    )
+
+
+def _check(
+    pair: ModelPair,
+    below: Sequence[Component],
+    anchor: Target,
+    *,
+    method: str,
+    engine: str,
+    estimation: Estimation | None,
+    targets: Sequence[Component],
+) -> None:
+    """Raise unless the method can measure these components with this engine."""
     if method not in get_args(Method):
         raise ComponentError(f"unknown method {method!r}. Choose one of {', '.join(get_args(Method))}.")
-    if engine not in ENGINES:
-        raise ComponentError(f"unknown engine {engine!r}. Choose one of {', '.join(ENGINES)}.")
+    if engine not in get_args(Engine):
+        raise ComponentError(f"unknown engine {engine!r}. Choose one of {', '.join(get_args(Engine))}.")
+    if engine == "swap" and (method == "activation" or targets):
+        raise ComponentError(
+            'engine="swap" writes weights and reads the anchor, no more: activations and targets need engine="suffix".'
+        )
+    if estimation and targets:
+        raise ComponentError("an estimate has no targets: they are read while a patched model runs. Leave one of both.")
+    if estimation and method == "activation" and estimation.approximation != "outputs":
+        raise ComponentError(
+            f"activations are estimated by outputs, not by {estimation.approximation}: their weights stay as they are."
+        )
+    if method == "activation":
+        check_outputs(below)
+    if estimation or engine == "suffix":
+        _check_head(pair, below, anchor)
 
 
 def _check_head(pair: ModelPair, below: Sequence[Component], anchor: Target) -> None:

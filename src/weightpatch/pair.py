@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
@@ -170,6 +171,20 @@ class ModelPair:
         """The specialized model with all its weights in memory as long as the block lasts: for generation."""
         with materialized(self.specialized):
             yield self.specialized
+
+    @contextmanager
+    def exchanged(self) -> Iterator[ModelPair]:
+        """The pair with the roles exchanged, for as long as the block lasts: the specialized model receives.
+
+        All of its weights are in memory as long.
+        """
+        with self.materialized():
+            other = copy.copy(self)  # it was checked already, and its architecture is the same
+            for name in ("base", "specialized"):
+                opposite = "specialized" if name == "base" else "base"
+                object.__setattr__(other, name, getattr(self, opposite))
+                object.__setattr__(other, f"{name}_name", getattr(self, f"{opposite}_name"))
+            yield other
 
     def digests(self) -> dict[str, str]:
         """SHA-256 over names and bytes of all weights, for `base` and `specialized`."""

@@ -40,10 +40,10 @@ def check_target(pair: ModelPair, prompts: ContrastPrompts, target: Target) -> N
 
 
 def contrasted(readouts: Tensor, target: Target) -> Tensor:
-    """One value to a prompt from the readouts of `inputs`, shape `(prompt,)`."""
+    """One value to a prompt from values of `inputs`: `(..., sequence)` -> `(..., prompt)`."""
     if not target.is_difference:
         return readouts
-    positive, negative = readouts.chunk(2)
+    positive, negative = readouts.chunk(2, dim=-1)
     return positive - negative
 
 

@@ -33,8 +33,9 @@ from weightpatch.anchor import Anchor, Readout
 from weightpatch.behaviour import MAX_NEW_TOKENS
 from weightpatch.component import Component
 from weightpatch.derivation import Rows
+from weightpatch.effects import Effects
 from weightpatch.errors import RunError
-from weightpatch.localization import Effects, Engine, Method
+from weightpatch.localization import Engine, Method
 from weightpatch.prompts import ContrastPrompts
 from weightpatch.residuals import BATCH_TOKENS
 from weightpatch.streams import Estimator

@@ -14,9 +14,10 @@ from torch import Tensor
 from weightpatch.agreement import Agreement, LayerError, agreement, is_poor, missed_at_most, poor_layers
 from weightpatch.component import Component
 from weightpatch.difference import weight_differences
+from weightpatch.effects import ComponentEffect, Effects
 from weightpatch.errors import ComponentError
 from weightpatch.estimation import Estimation
-from weightpatch.localization import ComponentEffect, Effects, Engine, localize, sweep
+from weightpatch.localization import Engine, localize, sweep
 from weightpatch.pair import ModelPair
 from weightpatch.prompts import ContrastPrompts
 from weightpatch.reading import Target

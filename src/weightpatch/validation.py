@@ -14,9 +14,9 @@ from weightpatch.anchor import Anchor
 from weightpatch.behaviour import Answering, Bench
 from weightpatch.component import Component, components, encloses
 from weightpatch.difference import weight_differences
+from weightpatch.effects import Effects
 from weightpatch.errors import PromptError
 from weightpatch.generation import generate
-from weightpatch.localization import Effects
 from weightpatch.outputs import forced_log_probs
 from weightpatch.pair import ModelPair
 from weightpatch.patch import Recipient, patched

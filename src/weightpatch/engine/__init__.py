@@ -24,11 +24,14 @@ class Measured:
         component: What was patched.
         readout: Patched readout, shape `(prompt,)`, float64, on the CPU.
         base: Readout of the unpatched recipient as the same engine computes it, same shape.
+        delivered: What each target writes more along the anchor's direction than in the unpatched recipient, shape
+            `(target, prompt)`, where that was asked for.
     """
 
     component: Component
     readout: Tensor
     base: Tensor
+    delivered: Tensor | None = None
 
 
 class Sweep(Protocol):

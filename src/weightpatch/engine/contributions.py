@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.func import functional_call
 
 from weightpatch.component import Component, slices
-from weightpatch.engine.hybrids import Hybrids, Seen, hybrid
+from weightpatch.engine.changes import Changes
+from weightpatch.engine.hybrids import Hybrids, Seen, watched
 from weightpatch.packed.calls import LayerCall, Weights
 from weightpatch.pair import ModelPair
 
@@ -55,42 +56,54 @@ class Contributions(Protocol):
 
 
 class Writes:
-    """Gradient times change of write: exact in the component, linear in all that follows it."""
+    """Gradient times change of write: exact in the component, linear in all that follows it.
 
-    def __init__(self, hybrids: Hybrids) -> None:
-        self.hybrids = hybrids
-        self.pair = hybrids.pair
-        self.about = hybrids.pair.architecture
+    Args:
+        pair: The two models.
+        layer: The layer's number.
+        call: The layer.
+        residual: Residual stream entering it, shape `(1, token, feature)`.
+        changes: What its components do once they are patched.
+    """
+
+    def __init__(self, pair: ModelPair, layer: int, call: LayerCall, residual: Tensor, changes: Changes) -> None:
+        self.pair = pair
+        self.call = call
+        self.residual = residual
+        self.changes = changes
+        self.about = pair.architecture
         self.family = self.about.family
+        self.prefix = self.about.layer_prefix(layer)
 
     def of(self, members: Sequence[Component], gradients: Gradients, sums: Tensor) -> Tensor:
         """See `Contributions`."""
         unit = members[0].unit
         index = [member.index or 0 for member in members]
-        if unit == "neurons" and members[0].expert is not None:
+        if self.changes.mask is not None:
+            sums = sums * self.changes.mask[0, :, 0].to(sums)
+        if unit == "neurons" and members[0].expert is not None and isinstance(self.changes, Hybrids):
             return self._expert_neurons(gradients.mlp, sums)[:, [one.expert or 0 for one in members], index].T
-        if unit == "neurons":
+        if unit == "neurons" and members[0].expert is None:
             return summed(sums, self._neurons(gradients.mlp)).T[index]
-        if unit == "heads.o" or (unit in ("heads", "heads.q", "kvs") and self.about.heads_are_independent):
-            return summed(sums, self._heads(unit, gradients.attention)).T[index]
+        if patched := self.changes.heads(unit):
+            new, with_columns = patched
+            found = self._heads(new, gradients.attention, unit, with_columns=with_columns)
+            return summed(sums, found).T[index]
         return torch.stack([summed(sums, self._alone(member, gradients)) for member in members])
 
     def _neurons(self, gradient: Tensor) -> Tensor:
         """Contributions `(token, neuron)`."""
-        old, new = (_wide(inputs[0]) for inputs in (self.hybrids.neurons_in, self.hybrids.neurons_in_with))
+        old, new = (_wide(inputs[0]) for inputs in (self.changes.neurons_in, self.changes.neurons_in_with))
         ours, moved = self._columns_along(gradient, self.family.mlp_out)
         return (new - old) * (ours + moved) + old * moved
 
-    def _heads(self, unit: str, gradient: Tensor) -> Tensor:
+    def _heads(self, new: Tensor, gradient: Tensor, unit: str, *, with_columns: bool) -> Tensor:
         """Contributions `(token, head or group)`."""
         ours, moved = self._columns_along(gradient, self.family.o)
-        old = _wide(self.hybrids.heads_in[0])
-        if unit == "heads.o":
-            found = old * moved
-        elif unit == "heads":
-            found = (_wide(self.hybrids.heads_in_with("heads.q")[0]) - old) * (ours + moved) + old * moved
-        else:
-            found = (_wide(self.hybrids.heads_in_with(unit)[0]) - old) * ours
+        old = _wide(self.changes.heads_in[0])
+        found = (_wide(new[0]) - old) * (ours + moved if with_columns else ours)
+        if with_columns:
+            found = found + old * moved
         size = self.about.head_dim * (self.about.heads_per_kv if unit == "kvs" else 1)
         return found.reshape(len(found), -1, size).sum(dim=2)
 
@@ -100,7 +113,7 @@ class Writes:
         Returns:
             With the base's columns, and with the specialized ones' difference to them: small, so taken first.
         """
-        ours, theirs = _both(self.pair, self.hybrids.prefix, [f"{path}.weight"])
+        ours, theirs = _both(self.pair, self.prefix, [f"{path}.weight"])
         base, other = (_wide(side[f"{path}.weight"]) for side in (ours, theirs))
         along = _wide(gradient[0])
         if self.family.transposed:
@@ -112,14 +125,14 @@ class Writes:
         experts = self.family.experts
         if experts is None:
             raise TypeError("a family without experts has no expert neurons")
-        ours, theirs = _both(self.pair, self.hybrids.prefix, (*experts.matrices_in, experts.matrix_out))
+        ours, theirs = _both(self.pair, self.prefix, (*experts.matrices_in, experts.matrix_out))
         out = experts.matrix_out
         found = []
         for side in (theirs, ours):
             weights = {name: weight for name, weight in side.items() if name != out}
             products = _mixture_products(
-                self.hybrids.call,
-                (self.hybrids.residual, self.hybrids.attention),
+                self.call,
+                (self.residual, self.changes.attention),
                 {**weights, out: ours[out]},
                 {out: side[out]},
                 gradient=gradient,
@@ -130,16 +143,27 @@ class Writes:
 
     def _alone(self, component: Component, gradients: Gradients) -> Tensor:
         """Contribution by token of a component that has a call of its own, `(token,)`."""
-        here, call = self.hybrids, self.hybrids.call
-        weights = hybrid(self.pair, [component], prefix=here.prefix)
-        if all(name.startswith(f"{self.family.attn}.") for name in weights):
-            change, gradient = call.attend(here.residual, weights) - here.attention, gradients.attention
-        elif all(name.startswith(tuple(f"{path}." for path in self.family.mlp)) for name in weights):
-            entering = here.residual.to(here.attention.device)
-            write = call.finish_at(self.family.mlp[-1], entering, weights, attention=here.attention)[1]
+        override, here = self.changes.override([component]), self.changes
+        touched = [*override.weights, *(f"{path}." for path in override.edits)]
+        is_attention = all(name.startswith(f"{self.family.attn}.") for name in touched)
+        is_mlp = all(name.startswith(tuple(f"{path}." for path in self.family.mlp)) for name in touched)
+        o, mlp = watched(self.call)
+        if override.edits:
+            seen = self.call.watch(self.residual, override.weights, o, mlp, edits=override.edits)
+            attention, write, leaving = seen[o][1], seen[mlp][1], seen[""][1]
+        elif is_attention:
+            attention = self.call.attend(self.residual, override.weights)
+        elif is_mlp:
+            entering = self.residual.to(here.attention.device)
+            write = self.call.finish_at(mlp, entering, override.weights, attention=here.attention)[1]
+        else:
+            leaving = self.call(self.residual, override.weights)
+        if is_attention:
+            change, gradient = attention - here.attention, gradients.attention
+        elif is_mlp:
             change, gradient = write.view_as(here.mlp) - here.mlp, gradients.mlp
         else:
-            change, gradient = call(here.residual, weights) - here.leaving, gradients.leaving
+            change, gradient = leaving - here.leaving, gradients.leaving
         return (_wide(change) * _wide(gradient))[0].sum(dim=-1)
 
 

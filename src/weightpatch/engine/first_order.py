@@ -20,6 +20,8 @@ from torch import Tensor
 
 from weightpatch.architecture import embedding_weight
 from weightpatch.component import Component
+from weightpatch.engine.activations import Activations, Source, Taken, Where
+from weightpatch.engine.changes import Changes
 from weightpatch.engine.contributions import Contributions, Gradients, Parameters, Writes, parametrized, summed
 from weightpatch.engine.hybrids import Hybrids, Seen, embedded, watched
 from weightpatch.errors import ComponentError
@@ -43,6 +45,8 @@ def estimate(
     approximation: Approximation = "outputs",
     n_steps: int = N_STEPS,
     grad_drop: bool = False,
+    source: Source = "weights",
+    where: Where = "all",
     batch_tokens: int,
 ) -> Tensor:
     """Estimate the effects of any components that reach the anchor.
@@ -59,6 +63,8 @@ def estimate(
         n_steps: Points of `ig`: (k - 1/2) / n_steps of the way, k = 1 to n_steps.
         grad_drop: Absolute values, averaged over backward passes each of which leaves out one layer between component
             and anchor, so that effects that cancel are not overlooked.
+        source: What is patched: components' weights, or what they put out (`outputs` only).
+        where: At which tokens activations are patched: all, or the readout positions.
         batch_tokens: Most tokens of a row of prompts.
 
     Returns:
@@ -85,7 +91,9 @@ def estimate(
     with evaluating(pair.base):
         for packing in side_by_side(token_ids, most_tokens=min(batch_tokens, MOST_TOKENS)):
             texts = [token_ids[prompt] for prompt in packing.prompts]
-            row = _Row.start(pair, packing, texts, reader, [sums[prompt] for prompt in packing.prompts])
+            row = _Row.start(
+                pair, packing, texts, reader, [sums[prompt] for prompt in packing.prompts], source=source, where=where
+            )
             for point in points:
                 for members, part in row.descend(groups, approximation, point, grad_drop=grad_drop):
                     found[[place[member] for member in members]] += part.cpu().double() / len(points)
@@ -118,6 +126,7 @@ class _Row:
         residual: Base residual stream entering layer 0, shape `(1, token, feature)`.
         places: For each prompt, where it is read, shape `(position,)`.
         sums: Shape `(sum, token)`.
+        activations: What gives patches, if these are activations.
     """
 
     pair: ModelPair
@@ -128,6 +137,7 @@ class _Row:
     residual: Tensor
     places: tuple[Tensor, ...]
     sums: Tensor
+    activations: Activations | None
 
     @classmethod
     def start(
@@ -137,6 +147,9 @@ class _Row:
         token_ids: Sequence[Sequence[int]],
         reader: Reader,
         sums: Sequence[Tensor],
+        *,
+        source: Source,
+        where: Where,
     ) -> _Row:
         tokens = pad(token_ids, embedding_weight(pair.base).device)
         places = tuple(
@@ -144,6 +157,11 @@ class _Row:
         )
         calls, residual = record(pair.base, tokens, packing, reader.layer, torch.cat(places))
         whole = torch.cat(list(sums), dim=1).to(residual.device, torch.promote_types(residual.dtype, torch.float32))
+        activations = None
+        if source == "activations":
+            activations = Activations.of(
+                pair, packing, tokens, calls, packing.mask(torch.cat(places)) if where == "readouts" else None
+            )
         return cls(
             pair=pair,
             reader=reader,
@@ -153,6 +171,7 @@ class _Row:
             residual=residual,
             places=places,
             sums=whole,
+            activations=activations,
         )
 
     def descend(
@@ -203,7 +222,9 @@ class _Row:
 
     @cached_property
     def _embedded(self) -> Tensor:
-        """The residual stream that enters layer 0 with the embedding specialized, shape `(1, token, feature)`."""
+        """The residual stream that enters layer 0 with the embedding patched, shape `(1, token, feature)`."""
+        if self.activations:
+            return self.activations.where(self.activations.entering(0), self.residual)
         return embedded(self.pair, self.packing, self.tokens, [Component.parse("embed")])
 
     def _between(self, layer: int, point: float) -> dict[str, Tensor]:
@@ -225,7 +246,7 @@ class _Row:
             What its components contribute, the gradients to its writes, and those to the residual stream entering it.
         """
         call, weights = self.calls[layer], self._between(layer, point)
-        attention, mlp = watched(self.pair, layer)
+        attention, mlp = watched(call)
         paths = [attention, mlp]
         if approximation != "outputs":
             paths = list(dict.fromkeys((*parametrized(self.pair, layer, call), *paths)))
@@ -251,7 +272,10 @@ class _Row:
         seen: Seen = {path: (entering.detach(), output.detach()) for path, (entering, output) in live.items()}
         contributions: Contributions
         if approximation == "outputs":
-            contributions = Writes(Hybrids(self.pair, layer, call, residual, seen))
+            changes: Changes = Hybrids(self.pair, layer, call, residual, seen)
+            if self.activations:
+                changes = Taken(self.activations, layer, call, residual, seen)
+            contributions = Writes(self.pair, layer, call, residual, changes)
         else:
             contributions = Parameters(self.pair, layer, call, residual, seen=seen, weights=weights)
         return contributions, found, below

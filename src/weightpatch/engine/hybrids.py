@@ -1,13 +1,15 @@
-"""One layer of the base called with some of its parameters specialized, on the base's own residual stream."""
+"""Weight patching: layers of the base called with some of their parameters specialized, on its own residual stream."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 from torch import Tensor
 
 from weightpatch.component import Component, components, slices
+from weightpatch.engine.changes import Changes, Override
 from weightpatch.packed.calls import LayerCall
 from weightpatch.packed.packing import Packing
 from weightpatch.pair import ModelPair
@@ -52,10 +54,31 @@ def embedded(pair: ModelPair, packing: Packing, tokens: Tensor, members: Iterabl
     return folded
 
 
-def watched(pair: ModelPair, layer: int) -> tuple[str, ...]:
+def layer_weights(pair: ModelPair, call: LayerCall, layer: int) -> dict[str, Tensor]:
+    """All parameters of a layer in the specialized model, by their names within it."""
+    prefix = pair.architecture.layer_prefix(layer)
+    return {
+        name: pair.specialized_weight(prefix + name).to(ours.device) for name, ours in call.layer.named_parameters()
+    }
+
+
+def columns(pair: ModelPair, parameter: str, inputs: Sequence[int], *, specialized: bool) -> Tensor:
+    """What some inputs of a projection are multiplied with, as `(input, output)`.
+
+    Args:
+        pair: The two models.
+        parameter: Its weight, by full name.
+        inputs: Which ones.
+        specialized: Of which model.
+    """
+    ours = pair.base.get_parameter(parameter).detach()
+    whole = pair.specialized_weight(parameter).to(ours.device) if specialized else ours
+    return whole[inputs] if pair.architecture.family.transposed else whole[:, inputs].T
+
+
+def watched(call: LayerCall) -> tuple[str, str]:
     """Modules of a layer whose inputs and outputs tell what each of its heads and neurons writes."""
-    family = pair.architecture.family
-    return family.o, family.mlp_out if pair.architecture.n_neurons_of(layer) else family.mlp[-1]
+    return call.family.o, call.mlp_path
 
 
 class Hybrids:
@@ -78,17 +101,18 @@ class Hybrids:
         self.call = call
         self.residual = residual
         self.prefix = pair.architecture.layer_prefix(layer)
-        attention, mlp = (seen[path] for path in watched(pair, layer))
+        attention, mlp = (seen[path] for path in watched(call))
         self.heads_in, self.attention = attention
         self.neurons_in = mlp[0].view(1, residual.shape[1], -1)
         self.mlp = mlp[1].view(1, residual.shape[1], -1)
         self.leaving = seen[""][1]
+        self.mask: Tensor | None = None
         self._heads_in: dict[str, Tensor] = {}
 
     @classmethod
     def of(cls, pair: ModelPair, layer: int, call: LayerCall, residual: Tensor) -> Hybrids:
         """Call the base's layer once and keep what is wanted of it."""
-        return cls(pair, layer, call, residual, call.watch(residual, {}, *watched(pair, layer)))
+        return cls(pair, layer, call, residual, call.watch(residual, {}, *watched(call)))
 
     def heads_in_with(self, unit: str) -> Tensor:
         """Input of `o`, `(1, token, head x feature)`, with all `heads.q`, or `kvs`, of the layer specialized."""
@@ -111,3 +135,44 @@ class Hybrids:
         entering = self.residual.to(self.attention.device)
         seen = self.call.finish_at(family.mlp_out, entering, weights, attention=self.attention)
         return seen[0].view_as(self.neurons_in)
+
+    def heads(self, unit: str) -> tuple[Tensor, bool] | None:
+        """See `Changes`."""
+        if unit == "heads.o":
+            return self.heads_in, True
+        if unit not in ("heads", "heads.q", "kvs") or not self.pair.architecture.heads_are_independent:
+            return None
+        return self.heads_in_with("kvs" if unit == "kvs" else "heads.q"), unit == "heads"
+
+    def override(self, members: Sequence[Component]) -> Override:
+        """See `Changes`."""
+        weights = hybrid(self.pair, members, prefix=self.prefix)
+        return Override(weights=weights, written=weights)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Weights:
+    """Gives the specialized model's weights: weight patching.
+
+    Attributes:
+        pair: The two models.
+        packing: How the prompts lie.
+        tokens: Right-padded token ids, shape `(prompt, token)`.
+    """
+
+    pair: ModelPair
+    packing: Packing
+    tokens: Tensor
+
+    def embedded(self, members: Sequence[Component]) -> Tensor:
+        """See `Donor`."""
+        return embedded(self.pair, self.packing, self.tokens, members)
+
+    def layer(self, layer: int, call: LayerCall, residual: Tensor) -> Changes:
+        """See `Donor`."""
+        return Hybrids.of(self.pair, layer, call, residual)
+
+    def override(self, layer: int, members: Sequence[Component]) -> Override:
+        """See `Donor`."""
+        weights = hybrid(self.pair, members, prefix=self.pair.architecture.layer_prefix(layer))
+        return Override(weights=weights, written=weights)

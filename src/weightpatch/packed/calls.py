@@ -7,7 +7,7 @@ place for one call, so that norms, multipliers, parallel branches and residual a
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,9 +26,31 @@ from weightpatch.residuals import walk
 Weights = Mapping[str, Tensor]
 """Parameters that stand in for a layer's own, by their names within the layer."""
 
+Edits = Mapping[str, Callable[[nn.Module, Tensor, Any], Any]]
+"""Path of a module (`""`: the layer) -> gives, from the module, its input and its output, what stands for this."""
+
 
 class Done(Exception):
     """All that was wanted of a layer has been seen."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Parts:
+    """What a layer did at the readout positions, and what leaves it; shapes `(row, read, feature)`.
+
+    Attributes:
+        heads_in: Input of `o`: what the heads gathered, side by side.
+        attention: What the attention writes, before a norm behind it.
+        neurons_in: Input of the last module of the MLP: activations of a plain one's neurons.
+        mlp: What the MLP writes, likewise.
+        leaving: Residual stream that leaves the layer, at all tokens unless only these positions were asked for.
+    """
+
+    heads_in: Tensor
+    attention: Tensor
+    neurons_in: Tensor
+    mlp: Tensor
+    leaving: Tensor
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -59,14 +81,71 @@ class LayerCall:
         """What leaves the layer, with some weights replaced; shapes `(row, token, feature)`."""
         return self._run(residual, weights or {})
 
+    def alone(self, residual: Tensor, weights: Weights, *, attention: Tensor | None, mlp: Tensor | None) -> Tensor:
+        """What the given writes add to the residual stream, behind norms and multipliers: `(row, token, feature)`.
+
+        Args:
+            residual: Says where they are added: any tensor of this shape and device.
+            weights: Parameters that stand in for the layer's own.
+            attention: What the attention writes; None: nothing.
+            mlp: What the MLP writes; None: nothing.
+        """
+        nothing = torch.zeros_like(residual)
+        return self.finish(
+            nothing,
+            weights,
+            attention=nothing if attention is None else attention,
+            mlp=nothing if mlp is None else mlp,
+        )
+
     def last(self, residual: Tensor) -> Tensor:
         """What leaves the layer at the readout positions: `(row, token, feature)` -> `(row, read, feature)`."""
+        return self.finish(self.at_reads(residual), {}, attention=self.attend_at_reads(residual)[1])
+
+    def attend_at_reads(self, residual: Tensor, edits: Edits | None = None) -> tuple[Tensor, Tensor]:
+        """What the heads gather and what the attention writes, at the readout positions: each `(row, read, feature)`.
+
+        Args:
+            residual: Residual stream entering the layer, shape `(row, token, feature)`.
+            edits: Modules before `o` whose output is another one.
+        """
         stubs: dict[str, nn.Module] = {self.family.o: _AtReads(self.layer.get_submodule(self.family.o), self.reads)}
-        if self.family.q != self.family.k:
+        if self.family.q != self.family.k and self.family.q not in (edits or {}):
             stubs[self.family.q] = _AtReads(self.layer.get_submodule(self.family.q), self.reads, spread=True)
         with _standing_in(self.layer, stubs):
-            write = self.attend(residual, {}, only_reads=True)
-        return self.finish(self.at_reads(residual), {}, attention=write)
+            path = self.family.o
+            seen = self.watch(residual, {}, path, stop=True, blocks=self.read_blocks, edits=edits)[path]
+        return self.at_reads(seen[0]), seen[1]
+
+    def parts(self, residual: Tensor, weights: Weights, *, last: bool = False, edits: Edits | None = None) -> Parts:
+        """Call the layer and keep what it did at the readout positions.
+
+        Args:
+            residual: Residual stream entering the layer, shape `(row, token, feature)`.
+            weights: Parameters that stand in for the layer's own.
+            last: Only the readout positions of what leaves it are wanted.
+            edits: Modules whose output is another one.
+        """
+        mlp = self.mlp_path
+        if last and not weights and not edits:
+            heads_in, attention = self.attend_at_reads(residual)
+            with self._attention_done({}, attention, None):
+                seen = self.watch(self.at_reads(residual), {}, mlp)
+            n_rows, n_reads = heads_in.shape[:2]
+            inputs, write = (tensor.reshape(n_rows, n_reads, -1) for tensor in seen[mlp])
+            return Parts(heads_in=heads_in, attention=attention, neurons_in=inputs, mlp=write, leaving=seen[""][1])
+        seen = self.watch(residual, weights, self.family.o, mlp, edits=edits)
+        rows = (*residual.shape[:2], -1)
+        heads_in, attention = (self.at_reads(tensor) for tensor in seen[self.family.o])
+        inputs, write = (self.at_reads(tensor.reshape(rows)) for tensor in seen[mlp])
+        leaving = self.at_reads(seen[""][1]) if last else seen[""][1]
+        return Parts(heads_in=heads_in, attention=attention, neurons_in=inputs, mlp=write, leaving=leaving)
+
+    @property
+    def mlp_path(self) -> str:
+        """The module whose output is the MLP's write: the one that neurons own a column of, if it is a plain MLP."""
+        plain = any(path == self.family.mlp_out for path, _ in self.layer.named_modules())
+        return self.family.mlp_out if plain else self.family.mlp[-1]
 
     def at_reads(self, rows: Tensor) -> Tensor:
         """Rows at the readout positions: `(row, token, feature)` -> `(row, read, feature)`."""
@@ -120,6 +199,7 @@ class LayerCall:
         stop: bool = False,
         copies: bool = False,
         blocks: Blocks | None = None,
+        edits: Edits | None = None,
     ) -> dict[str, tuple[Tensor, Tensor]]:
         """Call the layer and note input and output of some of its modules (`""`: the layer's own).
 
@@ -130,9 +210,10 @@ class LayerCall:
             stop: Stop at the last of them.
             copies: Hand copies of their outputs on, so that nothing behind them changes what is noted.
             blocks: What queries the attention works on.
+            edits: Modules whose output is another one; noted is what stands for it.
         """
         seen: dict[str, tuple[Tensor, Tensor]] = {}
-        with ExitStack() as hooks:
+        with ExitStack() as hooks, _edited(self.layer, edits or {}):
             for path in paths:
 
                 def note(_module: nn.Module, args: Any, kwargs: Any, output: Any, path: str = path) -> Any:
@@ -203,6 +284,33 @@ class _AtReads(nn.Module):
             return found
         whole = found.new_zeros((*rows.shape[:-1], found.shape[-1]))
         return whole.index_copy_(1, reads, found)
+
+
+@contextmanager
+def _edited(layer: nn.Module, edits: Edits) -> Iterator[None]:
+    """Let modules put out something else, for as long as the block lasts."""
+    with ExitStack() as hooks:
+        for path, edit in edits.items():
+            module = layer.get_submodule(path)
+            hooks.callback(module.register_forward_hook(_once(edit), with_kwargs=True).remove)
+        yield
+
+
+def _once(edit: Callable[[nn.Module, Tensor, Any], Any]) -> Callable[..., Any]:
+    """A hook that leaves alone what the edit itself gets from its module."""
+    is_busy = False
+
+    def change(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        nonlocal is_busy
+        if is_busy:
+            return output
+        is_busy = True
+        try:
+            return edit(module, args[0] if args else kwargs["hidden_states"], output)
+        finally:
+            is_busy = False
+
+    return change
 
 
 @contextmanager

@@ -43,6 +43,12 @@ class Packing:
         """Where some positions of each prompt lie in the row, as many to a prompt as given."""
         return [[path[position] for position in row] for path, row in zip(self.paths, positions, strict=True)]
 
+    def mask(self, places: Tensor) -> Tensor:
+        """Which tokens of the row are among some places: `(1, token, 1)`, boolean."""
+        mask = torch.zeros(1, self.n_tokens, 1, dtype=torch.bool)
+        mask[:, places.cpu()] = True
+        return mask
+
     @cached_property
     def sees(self) -> Tensor:
         """Which token has which others before it in its prompt, itself among them: `(token, token)`, boolean."""

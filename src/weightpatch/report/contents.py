@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from weightpatch.anchor import Anchor
 from weightpatch.component import UNITS
+from weightpatch.effects import Effects
 from weightpatch.errors import RunError
-from weightpatch.localization import Effects
 from weightpatch.prompts import ContrastPrompt, ContrastPrompts
 from weightpatch.report.scores import Score, read_scores
 from weightpatch.run import Run, RunConfig, read_effects
