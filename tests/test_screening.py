@@ -365,7 +365,7 @@ def test_effects_that_are_no_sums_over_tokens_have_no_spans_and_say_what_has(
         replace(anchor, readout="contrast") if case == "contrast" else anchor,
         units="heads",
         method="exact" if case == "exact" else "first-order",
-        estimation=Estimation(grad_drop=case == "grad-drop"),
+        estimation=None if case == "exact" else Estimation(grad_drop=case == "grad-drop"),
     )
     with pytest.raises(
         ComponentError, match=r'no sums over .* Use localize\(\.\.\., method="first-order"\).*grad_drop'

@@ -318,6 +318,8 @@ def _check(
         raise ComponentError(
             'engine="swap" writes weights and reads the anchor, no more: activations and targets need engine="suffix".'
         )
+    if estimation and method == "exact":
+        raise ComponentError('exact effects are not estimated: leave estimation out, or use method="first-order".')
     if estimation and targets:
         raise ComponentError("an estimate has no targets: they are read while a patched model runs. Leave one of both.")
     if estimation and method == "activation" and estimation.approximation != "outputs":
