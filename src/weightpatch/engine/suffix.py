@@ -245,12 +245,12 @@ class Run:
         """
         heard: _Heard = {}
         if layer is None:
-            rows = torch.cat([self._embedded(one.members or (one,)) for one in chunk])
+            rows = torch.cat([self.embedded(one.members or (one,)) for one in chunk])
             if self.deliveries:
                 heard[None] = self.deliveries.embedded(rows[:, self.reads.to(rows.device)])
             leaving = self._finish(rows, chunk, 0, heard)
         else:
-            here = self.at(layer)
+            here = self.at(layer, only_reads=layer == self.reader.layer - 1)
             if self.deliveries:
                 own = [here.parts(component) for component in chunk]
                 rows = torch.cat([parts.leaving for parts, _ in own])
@@ -262,7 +262,8 @@ class Run:
             leaving = self._finish(rows, chunk, layer + 1, heard)
         return self._read(leaving), self._changes(heard, len(chunk)) if self.deliveries else None
 
-    def _embedded(self, members: Sequence[Component]) -> Tensor:
+    def embedded(self, members: Sequence[Component]) -> Tensor:
+        """The row that enters layer 0 with some components patched that lie in no layer, `(1, token, feature)`."""
         rows = self.donor.embedded(members)
         return self.donor.where(rows, self.residual) if isinstance(self.donor, Activations) else rows
 
@@ -276,8 +277,8 @@ class Run:
             heard[layer] = deliveries.of(layer, call, donor.parts(layer), layer_weights(self.pair, call, layer))
         return self.delivered, self.delivered + self._changes(heard, 1)[0]
 
-    def at(self, layer: int) -> Leaving:
-        """The base's layer, which is not below that of earlier calls."""
+    def at(self, layer: int, *, only_reads: bool) -> Leaving:
+        """The base's layer, which is not below that of earlier calls; see `Leaving`."""
         while self.layer < layer:
             self.residual = self._here.changes.leaving if self._here else self.calls[self.layer](self.residual)
             self.layer += 1
@@ -289,7 +290,7 @@ class Run:
                 layer,
                 self.calls[layer],
                 self.residual,
-                only_reads=layer == self.reader.layer - 1,
+                only_reads=only_reads,
             )
         return self._here
 

@@ -117,6 +117,19 @@ class LayerCall:
             seen = self.watch(residual, {}, path, stop=True, blocks=self.read_blocks, edits=edits)[path]
         return self.at_reads(seen[0]), seen[1]
 
+    def mlp_behind(self, residual: Tensor, attention: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Input of the last module of the MLP, what it writes, and what leaves the layer, once attention has written.
+
+        Args:
+            residual: Residual stream entering the layer, shape `(row, token, feature)`, at any tokens.
+            attention: What the attention writes there, same shape.
+        """
+        path = self.mlp_path
+        with self._attention_done({}, attention, None):
+            seen = self.watch(residual, {}, path)
+        inputs, write = (tensor.reshape(*residual.shape[:2], -1) for tensor in seen[path])
+        return inputs, write, seen[""][1]
+
     def parts(self, residual: Tensor, weights: Weights, *, last: bool = False, edits: Edits | None = None) -> Parts:
         """Call the layer and keep what it did at the readout positions.
 
@@ -129,11 +142,8 @@ class LayerCall:
         mlp = self.mlp_path
         if last and not weights and not edits:
             heads_in, attention = self.attend_at_reads(residual)
-            with self._attention_done({}, attention, None):
-                seen = self.watch(self.at_reads(residual), {}, mlp)
-            n_rows, n_reads = heads_in.shape[:2]
-            inputs, write = (tensor.reshape(n_rows, n_reads, -1) for tensor in seen[mlp])
-            return Parts(heads_in=heads_in, attention=attention, neurons_in=inputs, mlp=write, leaving=seen[""][1])
+            inputs, write, leaving = self.mlp_behind(self.at_reads(residual), attention)
+            return Parts(heads_in=heads_in, attention=attention, neurons_in=inputs, mlp=write, leaving=leaving)
         seen = self.watch(residual, weights, self.family.o, mlp, edits=edits)
         rows = (*residual.shape[:2], -1)
         heads_in, attention = (self.at_reads(tensor) for tensor in seen[self.family.o])
