@@ -197,7 +197,12 @@ class Anchor:
             AnchorError: one is too short for a readout position.
         """
         places = readout_index(token_ids, self.positions).tolist()
-        return Reader(layer=self.layer, places=tuple(map(tuple, places)), score=lambda _, found: self._project(found))
+        return Reader(
+            layer=self.layer,
+            places=tuple(map(tuple, places)),
+            score=lambda _, found: self._project(found),
+            is_alike=True,
+        )
 
     def _project(self, residual: Tensor) -> Tensor:
         residual = residual.cpu().to(torch.float64)

@@ -13,6 +13,7 @@ from weightpatch.component import Component
 from weightpatch.engine.activations import Source, Where
 from weightpatch.engine.first_order import N_STEPS, Approximation, estimate
 from weightpatch.errors import ComponentError
+from weightpatch.outputs import Divergence, Margin
 from weightpatch.pair import ModelPair
 from weightpatch.prompts import ContrastPrompts
 from weightpatch.reading import Target, check_target, inputs
@@ -124,7 +125,7 @@ def _spans(
     pair: ModelPair, prompts: ContrastPrompts, target: Target, token_ids: Sequence[Sequence[int]]
 ) -> list[tuple[str, ...]]:
     """The span of every token of each sequence; none where a second one is not the same prompt, as in a contrast."""
-    if isinstance(target, Anchor):
+    if not isinstance(target, Margin | Divergence):
         return [] if target.is_difference else [*token_spans(prompts, pair.tokenizer)]
     known = token_spans(prompts.without_responses(), pair.tokenizer)
     return [

@@ -18,6 +18,7 @@ from weightpatch.engine.activations import Source, Where, check_outputs
 from weightpatch.engine.deliveries import Deliveries
 from weightpatch.errors import AnchorError, ComponentError
 from weightpatch.estimation import Estimates, Estimation, estimate_effects
+from weightpatch.outputs import Divergence, Margin
 from weightpatch.pair import ModelPair
 from weightpatch.prompts import ContrastPrompts
 from weightpatch.reading import Target, check_target, contrasted, inputs, reference
@@ -149,7 +150,7 @@ def reaches(component: Component, anchor: Target) -> bool:
     """Whether what a component writes, or one member of a set, can reach what is read."""
     if component.members:
         return any(reaches(member, anchor) for member in component.members)
-    if not isinstance(anchor, Anchor):
+    if isinstance(anchor, Margin | Divergence):
         return True
     return component.address == "embed" if component.layer is None else component.layer < anchor.layer
 
@@ -334,7 +335,7 @@ def _check(
 
 def _check_head(pair: ModelPair, below: Sequence[Component], anchor: Target) -> None:
     """Raise for components behind the last layer, where what is read is read through them."""
-    if isinstance(anchor, Anchor):
+    if not isinstance(anchor, Margin | Divergence):
         return
     tied = not pair.architecture.parameters_under(pair.architecture.family.unembed)
     head = {"norm", "unembed", *(("embed",) if tied else ())}

@@ -179,12 +179,14 @@ class ModelPair:
         All of its weights are in memory as long.
         """
         with self.materialized():
-            other = copy.copy(self)  # it was checked already, and its architecture is the same
-            for name in ("base", "specialized"):
-                opposite = "specialized" if name == "base" else "base"
-                object.__setattr__(other, name, getattr(self, opposite))
-                object.__setattr__(other, f"{name}_name", getattr(self, f"{opposite}_name"))
-            yield other
+            yield self.with_models(self.specialized, self.base)
+
+    def with_models(self, base: PreTrainedModel, specialized: PreTrainedModel) -> ModelPair:
+        """A pair of other models of this architecture, which are not checked again."""
+        other = copy.copy(self)
+        object.__setattr__(other, "base", base)
+        object.__setattr__(other, "specialized", specialized)
+        return other
 
     def digests(self) -> dict[str, str]:
         """SHA-256 over names and bytes of all weights, for `base` and `specialized`."""

@@ -24,14 +24,15 @@ class Reader:
         layer: The residual stream that enters this layer is read; `n_layers`: what leaves the last one.
         places: For each sequence the positions that are read, from its start.
         score: What the readout is, of residuals, or of logits where it is read through the head.
-        through_head: Whether the last norm and the output head stand between the residual stream and the score. Else
-            every sequence has as many places and is scored alike.
+        through_head: Whether the last norm and the output head stand between the residual stream and the score.
+        is_alike: Whether every sequence has as many places and is scored alike; never through the head.
     """
 
     layer: int
     places: tuple[tuple[int, ...], ...]
     score: Score
     through_head: bool = False
+    is_alike: bool = False
 
     def read(self, model: PreTrainedModel, sequence: int, residual: Tensor) -> Tensor:
         """Readout of residuals at a sequence's places: `(row, position, feature)` -> `(row,)`, float64, on the CPU."""
@@ -51,7 +52,7 @@ class Reader:
         Returns:
             Shape `(row, sequence)`, float64, on the CPU.
         """
-        if not self.through_head:
+        if self.is_alike:
             return self.score(sequences[0], rows.cpu()[:, torch.stack([*index])])
         found = [
             self.read(model, sequence, rows[:, own.to(rows.device)])

@@ -8,18 +8,19 @@ from transformers import PreTrainedModel
 
 from weightpatch.anchor import Anchor
 from weightpatch.architecture import embedding_weight
+from weightpatch.flows import Flow
 from weightpatch.outputs import Divergence, Margin
 from weightpatch.pair import ModelPair, check_prompts
 from weightpatch.prompts import ContrastPrompts, TokenIds
 from weightpatch.residuals import BATCH_TOKENS, batches, evaluating, pad, read_residuals
 
-Target = Anchor | Margin | Divergence
-"""What can be localized towards: an anchor, or a readout of the output."""
+Target = Anchor | Margin | Divergence | Flow
+"""What can be localized towards: an anchor, a readout of the output, or what some components write."""
 
 
 def inputs(pair: ModelPair, prompts: ContrastPrompts, target: Target) -> tuple[TokenIds, ...]:
     """What the models run on: a sequence for each prompt, and behind these a second one where two are subtracted."""
-    if not isinstance(target, Anchor):
+    if isinstance(target, Margin | Divergence):
         prompts = prompts.without_responses()
     return target.sequences(prompts.tokenize(pair.tokenizer))
 
@@ -67,6 +68,8 @@ def readouts(
 ) -> Tensor:
     """A readout of one model of a pair, with whatever is patched into it, shape `(prompt,)`, float64."""
     token_ids = inputs(pair, prompts, target)
+    if isinstance(target, Flow):
+        return target.read(specialized=model is pair.specialized, token_ids=token_ids)
     if not isinstance(target, Anchor):
         return contrasted(_through_head(model, token_ids, target, batch_tokens=batch_tokens), target)
     residuals = read_residuals(

@@ -29,7 +29,8 @@ class Deliveries:
     Attributes:
         pair: The two models.
         targets: Whose writes; of any layers, in any order.
-        direction: Unit vector, shape `(feature,)`.
+        direction: Along which they are read: one vector `(feature,)`, or one to each readout position, `(read,
+            feature)`.
 
     Raises:
         ComponentError: a target that writes nothing of its own to the residual stream.
@@ -64,7 +65,7 @@ class Deliveries:
         Returns:
             Shape `(row, target, read)`, for as many targets as are `embed`.
         """
-        return (residual @ self._along(residual))[:, None].expand(-1, len(self.at(None)), -1)
+        return _along(residual, self._direction(residual))[:, None].expand(-1, len(self.at(None)), -1)
 
     def of(self, layer: int, call: LayerCall, parts: Parts, weights: Mapping[str, Tensor]) -> Tensor:
         """What the targets of one layer deliver.
@@ -78,10 +79,10 @@ class Deliveries:
         Returns:
             Shape `(row, target of the layer, read)`.
         """
-        along = self._along(parts.attention)
+        along = self._direction(parts.attention)
         rows = parts.attention
-        attention = call.alone(rows, weights, attention=rows, mlp=None) @ along
-        mlp = call.alone(rows, weights, attention=None, mlp=parts.mlp) @ along
+        attention = _along(call.alone(rows, weights, attention=rows, mlp=None), along)
+        mlp = _along(call.alone(rows, weights, attention=None, mlp=parts.mlp), along)
         family = self.pair.architecture.family
         split: dict[str, Tensor] = {}
         found = []
@@ -96,28 +97,28 @@ class Deliveries:
                     found.append(mlp)
                 case "heads":
                     if "heads" not in split:
-                        factor = self._factor(call, parts.attention, weights, is_attention=True) * along
+                        factor = self.factor(call, parts.attention, weights, is_attention=True) * along
                         products = parts.heads_in * self._by_input(layer, family.o, weights, factor)
                         size = self.pair.architecture.head_dim
                         split["heads"] = products.reshape(*products.shape[:-1], -1, size).sum(dim=-1)
                     found.append(split["heads"][..., index])
                 case "neurons":
                     if "neurons" not in split:
-                        factor = self._factor(call, parts.mlp, weights, is_attention=False) * along
+                        factor = self.factor(call, parts.mlp, weights, is_attention=False) * along
                         split["neurons"] = parts.neurons_in * self._by_input(layer, family.mlp_out, weights, factor)
                     found.append(split["neurons"][..., index])
                 case _:
                     is_attention = target.address.endswith(".attn.rest")
                     path = family.o if is_attention else family.mlp_out
                     write = parts.attention if is_attention else parts.mlp
-                    factor = self._factor(call, write, weights, is_attention=is_attention)
-                    found.append((factor * self._parameter(layer, f"{path}.bias", weights, write)) @ along)
+                    factor = self.factor(call, write, weights, is_attention=is_attention)
+                    found.append(_along(factor * self.parameter(layer, f"{path}.bias", weights, write), along))
         return torch.stack(found, dim=1) if found else rows.new_zeros((len(rows), 0, rows.shape[1]))
 
-    def _along(self, like: Tensor) -> Tensor:
+    def _direction(self, like: Tensor) -> Tensor:
         return self.direction.to(like.dtype).to(like.device)
 
-    def _factor(self, call: LayerCall, write: Tensor, weights: Mapping[str, Tensor], *, is_attention: bool) -> Tensor:
+    def factor(self, call: LayerCall, write: Tensor, weights: Mapping[str, Tensor], *, is_attention: bool) -> Tensor:
         """By what each feature of a write is multiplied before it is added to the stream, `(row, read, feature)`.
 
         A norm behind a sublayer divides by the root mean square of the whole write, so a vector that is the same in
@@ -129,16 +130,56 @@ class Deliveries:
 
     def _by_input(self, layer: int, path: str, weights: Mapping[str, Tensor], factor: Tensor) -> Tensor:
         """How much along the direction each input of a projection is worth, `(row, read, input)`."""
-        weight = self._parameter(layer, f"{path}.weight", weights, factor)
+        weight = self.parameter(layer, f"{path}.weight", weights, factor)
         return factor @ (weight.T if self.pair.architecture.family.transposed else weight)
 
-    def _parameter(self, layer: int, name: str, weights: Mapping[str, Tensor], like: Tensor) -> Tensor:
+    def parameter(self, layer: int, name: str, weights: Mapping[str, Tensor], like: Tensor) -> Tensor:
+        """A parameter of a layer, by its name within it; zeros for a bias that the model does not have."""
         full = f"{self.pair.architecture.layer_prefix(layer)}{name}"
         if name in weights:
             return weights[name].to(like.device)
         if full not in self.pair.architecture.parameters:
             return torch.zeros(like.shape[-1], dtype=like.dtype, device=like.device)
         return self.pair.base.get_parameter(full).detach()
+
+
+def contribution(
+    pair: ModelPair, target: Component, call: LayerCall, parts: Parts, weights: Mapping[str, Tensor]
+) -> Tensor:
+    """What one target adds to the residual stream, behind norms and multipliers: `(row, read, feature)`.
+
+    Args:
+        pair: The two models.
+        target: A head, an attention, an MLP, a neuron or a block.
+        call: Its layer.
+        parts: What this did.
+        weights: Parameters that stood in for the layer's own.
+    """
+    reading = Deliveries(pair=pair, targets=(target,), direction=parts.attention.new_zeros(()))
+    rows, index = parts.attention, target.index or 0
+    match target.unit:
+        case "heads":
+            size = pair.architecture.head_dim
+            part, places, write = parts.heads_in, slice(index * size, (index + 1) * size), parts.attention
+        case "neurons":
+            part, places, write = parts.neurons_in, slice(index, index + 1), parts.mlp
+        case _:
+            return call.alone(
+                rows,
+                weights,
+                attention=None if target.unit == "mlps" else parts.attention,
+                mlp=None if target.unit == "attns" else parts.mlp,
+            )
+    is_attention = target.unit == "heads"
+    path = call.family.o if is_attention else call.family.mlp_out
+    matrix = reading.parameter(target.layer or 0, f"{path}.weight", weights, rows)
+    columns = matrix[places] if call.family.transposed else matrix[:, places].T
+    return (part[..., places] @ columns) * reading.factor(call, write, weights, is_attention=is_attention)
+
+
+def _along(rows: Tensor, direction: Tensor) -> Tensor:
+    """Projections `(row, read, feature)` -> `(row, read)`."""
+    return (rows * direction).sum(dim=-1)
 
 
 def check_sum(call: LayerCall, residual: Tensor, parts: Parts) -> None:

@@ -1,0 +1,156 @@
+"""What components of one layer write, as a readout: their suppliers are then localized as an anchor's sources are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from weightpatch.anchor import Anchor
+from weightpatch.architecture import embedding_weight
+from weightpatch.component import Component
+from weightpatch.engine.deliveries import Deliveries, contribution
+from weightpatch.engine.hybrids import layer_weights
+from weightpatch.errors import AnchorError
+from weightpatch.packed.calls import LayerCall, record
+from weightpatch.packed.packing import side_by_side
+from weightpatch.pair import ModelPair
+from weightpatch.prompts import TokenIds, TokenizedPrompts
+from weightpatch.reader import Reader
+from weightpatch.residuals import evaluating, pad, walk
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Flow:
+    """The writes of some components of one layer, each token's along a direction of its own, added up.
+
+    Attributes:
+        pair: The two models.
+        targets: Heads, attentions, MLPs or neurons of one layer.
+        toward: For each prompt, along what each token's write is read, shape `(token, feature)`; 0: not at all.
+
+    Raises:
+        AnchorError: targets of several layers, or none.
+    """
+
+    pair: ModelPair
+    targets: tuple[Component, ...]
+    toward: tuple[Tensor, ...]
+
+    def __post_init__(self) -> None:
+        if len({target.layer for target in self.targets}) != 1 or self.targets[0].layer is None:
+            raise AnchorError("a flow reads targets of one layer: make one for each layer and add up.")
+
+    @property
+    def layer(self) -> int:
+        """The targets' layer: what enters it is what suppliers change."""
+        return self.targets[0].layer or 0
+
+    @property
+    def is_difference(self) -> bool:
+        """One run is read."""
+        return False
+
+    def sequences(self, prompts: TokenizedPrompts) -> tuple[TokenIds, ...]:
+        """What the models run on: the prompts with their instruction."""
+        if [len(ids) for ids in prompts.with_instruction] != [len(toward) for toward in self.toward]:
+            raise AnchorError("this flow was made for other prompts: make it for those that are measured.")
+        return prompts.with_instruction
+
+    def reader(self, token_ids: Sequence[Sequence[int]]) -> Reader:
+        """See `Readable`."""
+        calls = self._calls(token_ids)
+        return Reader(
+            layer=self.layer,
+            places=tuple(tuple(range(len(ids))) for ids in token_ids),
+            score=lambda sequence, residual: self._score(calls[sequence], sequence, residual, {}),
+        )
+
+    def read(self, *, specialized: bool, token_ids: Sequence[Sequence[int]]) -> Tensor:
+        """The readout of one model on every prompt, with its own weights in the targets: `(prompt,)`, float64."""
+        model = self.pair.specialized if specialized else self.pair.base
+        found = []
+        with evaluating(model):
+            for sequence, (ids, call) in enumerate(zip(token_ids, self._calls(token_ids), strict=True)):
+                weights = layer_weights(self.pair, call, self.layer) if specialized else {}
+                residual = _entering(model, ids, self.layer)
+                found.append(self._score(call, sequence, residual, weights)[0])
+        return torch.stack(found)
+
+    def _calls(self, token_ids: Sequence[Sequence[int]]) -> list[LayerCall]:
+        """The layer as it is called on each prompt alone."""
+        with evaluating(self.pair.base):
+            return [layer_call(self.pair, ids, self.layer) for ids in token_ids]
+
+    def _score(self, call: LayerCall, sequence: int, residual: Tensor, weights: dict[str, Tensor]) -> Tensor:
+        """Residuals of one prompt `(row, token, feature)` -> `(row,)`, float64, on the CPU."""
+        deliveries = Deliveries(pair=self.pair, targets=self.targets, direction=self.toward[sequence])
+        parts = call.parts(residual.to(embedding_weight(self.pair.base).device), weights)
+        return deliveries.of(self.layer, call, parts, weights).sum(dim=(1, 2)).cpu().to(torch.float64)
+
+
+def along_anchor(pair: ModelPair, anchor: Anchor, token_ids: Sequence[TokenIds], targets: Sequence[Component]) -> Flow:
+    """What targets of one layer write along an anchor's direction, where it is read.
+
+    Args:
+        pair: The two models.
+        anchor: A projection.
+        token_ids: The prompts.
+        targets: Of one layer.
+    """
+    toward = []
+    for places, ids in zip(anchor.reader(token_ids).places, token_ids, strict=True):
+        rows = torch.zeros(len(ids), len(anchor.direction), dtype=torch.float64)
+        for place in places:
+            rows[place] += anchor.direction / len(places)
+        toward.append(rows)
+    return Flow(pair=pair, targets=tuple(targets), toward=tuple(toward))
+
+
+def toward_specialized(pair: ModelPair, token_ids: Sequence[TokenIds], target: Component) -> Flow:
+    """How far a target's write has come from what it is in the base to what it is in the specialized model.
+
+    Each token's direction is the difference of the two writes there, over the sum of all their squares. So the flow's
+    gap is 1 on every prompt; where the two do not differ on some prompt it is 0.
+
+    Args:
+        pair: The two models.
+        token_ids: The prompts.
+        target: Any target.
+    """
+    layer = target.layer or 0
+    toward = []
+    for ids in token_ids:
+        with evaluating(pair.base, pair.specialized):
+            call = layer_call(pair, ids, layer)
+            written = []
+            for model, weights in ((pair.base, {}), (pair.specialized, layer_weights(pair, call, layer))):
+                parts = call.parts(_entering(model, ids, layer), weights)
+                written.append(contribution(pair, target, call, parts, weights)[0].cpu().to(torch.float64))
+        change = written[1] - written[0]
+        size = change.square().sum()
+        toward.append(change / size if size > 0 else change)
+    return Flow(pair=pair, targets=(target,), toward=tuple(toward))
+
+
+def layer_call(pair: ModelPair, ids: Sequence[int], layer: int) -> LayerCall:
+    """A layer of the base as it is called on one prompt, read at all of its tokens."""
+    (packing,) = side_by_side([ids], most_tokens=len(ids))
+    tokens = pad([ids], embedding_weight(pair.base).device)
+    calls, _ = record(pair.base, tokens, packing, layer + 1, torch.arange(len(ids)))
+    return calls[layer]
+
+
+def _entering(model: PreTrainedModel, ids: Sequence[int], layer: int) -> Tensor:
+    """Residual stream entering a layer on one prompt, `(1, token, feature)`."""
+    found: list[Tensor] = []
+
+    def see(number: int, residual: Tensor, _args: object, _kwargs: object) -> None:
+        if number == layer:
+            found.append(residual)
+
+    walk(model, pad([ids], embedding_weight(model).device), layer, see)
+    return found[0]
