@@ -131,13 +131,25 @@ def fit_margin(
 def fit_divergence(
     pair: ModelPair, prompts: ContrastPrompts, *, n_tokens: int = N_TOKENS, batch_size: int = BATCH_SIZE
 ) -> Divergence:
-    """The divergence along the specialized model's own greedy answers. Arguments and errors as for `fit_margin`."""
-    if pair.tokenizer is None:
+    """The divergence along the specialized model's own greedy answers.
+
+    Args:
+        pair: The two models.
+        prompts: Those that will be measured, in their order.
+        n_tokens: Most tokens of a response; 0: only the token after the prompt is compared, and nothing generated.
+        batch_size: Answers generated side by side.
+
+    Raises:
+        PromptError: no tokenizer, where something is generated.
+    """
+    if pair.tokenizer is None and n_tokens:
         raise PromptError("responses are generated: give the pair a tokenizer, or make Divergence(...) yourself.")
     tokens = prompts.without_responses().tokenize(pair.tokenizer).with_instruction
-    with pair.materialized() as specialized:
-        answers = generate(specialized, pair.tokenizer, tokens, max_new_tokens=n_tokens, batch_size=batch_size)
-    responses = tuple(answer.ids for answer in answers)
+    responses: tuple[TokenIds, ...] = ((),) * len(tokens)
+    if pair.tokenizer is not None and n_tokens:
+        with pair.materialized() as specialized:
+            answers = generate(specialized, pair.tokenizer, tokens, max_new_tokens=n_tokens, batch_size=batch_size)
+        responses = tuple(answer.ids for answer in answers)
     return Divergence(
         layer=pair.architecture.n_layers,
         responses=responses,
