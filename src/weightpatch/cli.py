@@ -29,7 +29,7 @@ from weightpatch.cli_options import (
     Units,
     quiet,
 )
-from weightpatch.cli_run import STAGES, anchor, do_stages, drill, localize, run, screen, validate
+from weightpatch.cli_run import STAGES, anchor, do_stages, drill, localize, run, screen, trace, validate
 from weightpatch.errors import PairError, WeightpatchError
 from weightpatch.terminal import (
     counting,
@@ -93,6 +93,7 @@ app.command()(anchor)
 app.command()(localize)
 app.command()(screen)
 app.command()(drill)
+app.command()(trace)
 app.command()(validate)
 
 

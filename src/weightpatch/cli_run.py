@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, Protocol
 
@@ -28,21 +29,25 @@ from weightpatch.cli_options import (
 from weightpatch.terminal import (
     draw,
     print_drill,
+    print_edges,
     print_json,
     print_run,
     print_screening,
+    print_trace,
     print_validation,
     status,
 )
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from weightpatch.pair import ModelPair
     from weightpatch.prompts import ContrastPrompts
     from weightpatch.run import Progress, Run, RunConfig
 
     Stage = Callable[[Run, ModelPair], Iterator[Progress]]
 
-STAGES = ("anchor", "localize", "report")
+STAGES = ("anchor", "localize", "trace", "validate", "report")
 
 
 class Show(Protocol):
@@ -168,39 +173,84 @@ def localize(
 def validate(
     path: RunPath,
     necessity: Annotated[
-        bool, typer.Option("--necessity", help="Also put base weights into the specialized model.")
-    ] = False,
+        bool, typer.Option("--necessity/--no-necessity", help="Also put base weights into the specialized model.")
+    ] = True,
     ranking: Annotated[
         Literal["effects", "screen"], typer.Option(help="Whose order: the run's effects, or its screening.")
     ] = "effects",
-    n_random: Annotated[int, typer.Option(min=0, help="Random sets beside each set.")] = 1,
-    largest_differences: Annotated[
-        bool, typer.Option("--largest-differences", help="Also sets of those whose weights moved most.")
-    ] = False,
+    controls: Annotated[
+        str, typer.Option(help="Sets beside each, of equal size, with commas; activation: where the run was traced.")
+    ] = "random,layer-matched,largest differences,activation,bottom",
+    n_random: Annotated[int, typer.Option(min=0, help="How many of each random kind.")] = 1,
     n_prompts: Annotated[int, typer.Option(min=2, help="Prompts of each task, at most.")] = 24,
-    no_answers: Annotated[bool, typer.Option("--no-answers", help="Generate nothing: no pass rates.")] = False,
+    answers: Annotated[
+        Literal["all", "top", "none"],
+        typer.Option(help="Generate answers with all sets, with the leading and the first random ones, or with none."),
+    ] = "top",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 80,
     device_map: DeviceMap = None,
     allow_pickle: AllowPickle = False,
     any_adapter_base: AnyAdapterBase = False,
     as_json: AsJson = False,
 ) -> None:
-    """One stage: patch the leading components of a run together, more and more, with random sets beside them."""
+    """One stage: patch the leading components of a run together, more and more, with controls beside them."""
     from weightpatch.curves import CurveSettings
     from weightpatch.curves import validate as work
 
     settings = CurveSettings(
         recipients=("base", "specialized") if necessity else ("base",),
         ranking=ranking,
+        controls=tuple(name.strip() for name in controls.split(",") if name.strip()),
         n_random=n_random,
-        largest_differences=largest_differences,
         n_prompts=n_prompts,
-        answers=not no_answers,
+        answers=answers,
         max_new_tokens=max_new_tokens,
     )
     loading = Loading(device_map=device_map, allow_pickle=allow_pickle, any_adapter_base=any_adapter_base)
     own = {"validate": lambda opened, pair: work(opened, pair, settings)}
     _resume("validate", path, loading, as_json=as_json, own=own, show=print_validation)
+
+
+def trace(
+    path: RunPath,
+    supplier: Annotated[
+        str | None, typer.Option("--from", help="Path patching: from these (units, addresses), with --to.")
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option("--to", help="The target: a head, attention, MLP or neuron, or anchor.")
+    ] = None,
+    receives: Annotated[
+        Literal["all", "q", "k", "v"], typer.Option("--input", help="Which of the target's inputs sees the supplier.")
+    ] = "all",
+    method: Annotated[
+        Literal["exact", "activation"],
+        typer.Option(help="What is patched in --from: weights (exact), or what it puts out (activation)."),
+    ] = "exact",
+    candidates: Annotated[
+        str, typer.Option(help="Among which suppliers are looked for: units and addresses.")
+    ] = "neurons,heads",
+    shuffles: Annotated[int, typer.Option(min=2, help="Of the null: pairs with shuffled differences.")] = 10,
+    device_map: DeviceMap = None,
+    allow_pickle: AllowPickle = False,
+    any_adapter_base: AnyAdapterBase = False,
+    as_json: AsJson = False,
+) -> None:
+    """One stage: activation patching, roles, and who supplies whom; with --from and --to, single edges of each task."""
+    from weightpatch.traces import EdgeSettings, TraceStage, measure_edges, trace_run
+    from weightpatch.tracing import TraceSettings
+
+    if (supplier is None) != (target is None):
+        raise typer.BadParameter("--from and --to belong together: name both ends of the edge, or none.")
+    loading = Loading(device_map=device_map, allow_pickle=allow_pickle, any_adapter_base=any_adapter_base)
+    if supplier is None or target is None:
+        settings = TraceStage(trace=TraceSettings(candidates=candidates), n_shuffles=shuffles)
+        own = {"trace": lambda opened, pair: trace_run(opened, pair, settings)}
+        _resume("trace", path, loading, as_json=as_json, own=own, show=print_trace)
+        return
+    edges = EdgeSettings(suppliers=supplier, target=target, receives=receives, method=method)
+    found: dict[str, pd.DataFrame] = {}
+    own = {"edges": lambda opened, pair: measure_edges(opened, pair, edges, found)}
+    _resume("edges", path, loading, as_json=as_json, own=own, show=partial(print_edges, found=found))
 
 
 def screen(
@@ -344,6 +394,15 @@ def do_stages(
                 draw(fit_anchors(opened, pair))
             elif stage == "localize":
                 draw(measure_effects(opened, pair))
+            elif stage == "trace":
+                from weightpatch.traces import TraceStage, trace_run
+
+                draw(trace_run(opened, pair, TraceStage()))
+            elif stage == "validate":
+                from weightpatch.curves import CurveSettings
+                from weightpatch.curves import validate as work
+
+                draw(work(opened, pair, CurveSettings()))
             else:
                 from weightpatch.report import write_report
 

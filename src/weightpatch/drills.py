@@ -12,7 +12,8 @@ import torch
 from weightpatch.component import Component
 from weightpatch.drilling import BUDGET, N_GROUPS, DrillDown, steps
 from weightpatch.pair import ModelPair
-from weightpatch.run import Progress, Run, read_effects, settle, write_whole
+from weightpatch.recording import read_effects
+from weightpatch.run import Progress, Run, settle, write_whole
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -92,14 +92,12 @@ class Flow:
         return deliveries.of(self.layer, call, parts, weights).sum(dim=(1, 2)).cpu().to(torch.float64)
 
 
-def along_anchor(pair: ModelPair, anchor: Anchor, token_ids: Sequence[TokenIds], targets: Sequence[Component]) -> Flow:
-    """What targets of one layer write along an anchor's direction, where it is read.
+def along_anchor(anchor: Anchor, token_ids: Sequence[TokenIds]) -> tuple[Tensor, ...]:
+    """For each prompt, the directions that read what is written along an anchor where it is read: `(token, feature)`.
 
     Args:
-        pair: The two models.
         anchor: A projection.
         token_ids: The prompts.
-        targets: Of one layer.
     """
     toward = []
     for places, ids in zip(anchor.reader(token_ids).places, token_ids, strict=True):
@@ -107,7 +105,7 @@ def along_anchor(pair: ModelPair, anchor: Anchor, token_ids: Sequence[TokenIds],
         for place in places:
             rows[place] += anchor.direction / len(places)
         toward.append(rows)
-    return Flow(pair=pair, targets=tuple(targets), toward=tuple(toward))
+    return tuple(toward)
 
 
 def toward_specialized(pair: ModelPair, token_ids: Sequence[TokenIds], target: Component) -> Flow:

@@ -89,7 +89,7 @@ def localize(
     per_span: Mapping[str, Tensor] = {}
     per_target = torch.zeros(len(below), 0, len(prompts), dtype=torch.float64)
     if estimated:
-        _check(pair, below, anchor, method=method, engine=engine, estimation=estimated, targets=read)
+        _check(pair, below, anchor, method=method, engine=engine, estimation=estimated, at=at, targets=read)
         estimates = _estimate(
             pair, prompts, anchor, below, method=method, how=estimated, at=at, batch_tokens=batch_tokens
         )
@@ -237,7 +237,7 @@ def sweep(
         skip: Components already known. They may come again where they share a forward call with others.
     """
     estimation = estimation or (Estimation() if method == "first-order" else None)
-    _check(pair, below, anchor, method=method, engine=engine, estimation=estimation, targets=targets)
+    _check(pair, below, anchor, method=method, engine=engine, estimation=estimation, at=at, targets=targets)
     if estimation:
         estimates = _estimate(
             pair, prompts, anchor, below, method=method, how=estimation, at=at, batch_tokens=batch_tokens
@@ -308,6 +308,7 @@ def _check(
     method: str,
     engine: str,
     estimation: Estimation | None,
+    at: str,
     targets: Sequence[Component],
 ) -> None:
     """Raise unless the method can measure these components with this engine."""
@@ -327,6 +328,10 @@ def _check(
         raise ComponentError(
             f"activations are estimated by outputs, not by {estimation.approximation}: their weights stay as they are."
         )
+    if at not in get_args(Where):
+        raise ComponentError(f"activations are patched at all tokens or at the readouts, not at {at!r}.")
+    if at != "all" and method != "activation":
+        raise ComponentError(f"at={at!r} says where activations are patched: weights act at all tokens. Leave it out.")
     if method == "activation":
         check_outputs(below)
     if estimation or engine == "suffix":

@@ -113,9 +113,10 @@ def direct_effects(
         patched by weights, and the target's write along the anchor as what is read, are ours, after the
         supplier-target tracing of Sun et al. 2026 (arXiv:2604.13694).
     """
-    anchor.check(pair)
+    if method not in ("exact", "activation"):
+        raise ComponentError(f"edges are measured by exact or activation, not by {method!r}: choose one of these.")
     check_target(pair, prompts, anchor)
-    ending = None if str(target) == ANCHOR else components(pair.architecture, [target])[0]
+    ending = None if str(target) == ANCHOR else Component.parse(str(target))
     read = targets_of(pair, anchor, [ending] if ending else "embed")
     if ending and (not read or ending.unit not in ("heads", "attns", "mlps", "neurons")):
         raise AnchorError(

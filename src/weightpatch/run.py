@@ -12,6 +12,11 @@ tasks/<task>/screen.jsonl         exact effects of a screening, one line for eac
 tasks/<task>/screen.parquet       its table: every component's estimate, by span too, beside exact effects
 tasks/<task>/screen.json          its verdicts, and where in a prompt the leading components act
 tasks/<task>/drill.jsonl, .json   a drill-down: exact effects line by line, and the tree
+tasks/<task>/activation.jsonl     effects by activation patching, one line for each component
+tasks/<task>/null.jsonl           recoveries of pairs with shuffled differences, one line for each shuffle
+tasks/<task>/executors.json       what the steered base loses without each component past the anchor
+tasks/<task>/roles.parquet        every component's role, and what it was judged by
+tasks/<task>/trace.json, .graphml  the graph: who supplies whom
 """
 
 from __future__ import annotations
@@ -37,6 +42,7 @@ from weightpatch.effects import Effects
 from weightpatch.errors import RunError
 from weightpatch.localization import Engine, Method
 from weightpatch.prompts import ContrastPrompts
+from weightpatch.recording import read_delivered, read_effects
 from weightpatch.residuals import BATCH_TOKENS
 from weightpatch.streams import Estimator
 
@@ -202,6 +208,34 @@ class Run:
         found: dict[str, Any] | None = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
         return found
 
+    def trace(self, task: str) -> dict[str, Any] | None:
+        """`trace.json` of a task as it is; None where nothing was traced."""
+        file = self.folder(task) / "trace.json"
+        found: dict[str, Any] | None = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+        return found
+
+    def roles(self, task: str) -> pd.DataFrame | None:
+        """`roles.parquet` of a task: `Hierarchy.table`; None where nothing was traced."""
+        import pandas as pd
+
+        file = self.folder(task) / "roles.parquet"
+        return pd.read_parquet(file) if file.is_file() else None
+
+    def matrix(self, task: str) -> pd.DataFrame | None:
+        """Total effects of each component on what each target writes along the anchor, as shares of the gap.
+
+        Rows add up to recoveries. None where targets were not read.
+        """
+        import pandas as pd
+
+        found = self.reference(task)
+        rows = read_delivered(self.folder(task) / "effects.jsonl")
+        if "targets" not in found or not rows:
+            return None
+        gap = sum(found["specialized"]) / len(found["specialized"]) - sum(found["base"]) / len(found["base"])
+        shares: pd.DataFrame = pd.DataFrame.from_dict(rows, orient="index", columns=found["targets"]) / gap
+        return shares
+
     def screening(self, task: str) -> dict[str, Any] | None:
         """`screen.json` of a task as it is; None where nothing was screened."""
         file = self.folder(task) / "screen.json"
@@ -315,34 +349,6 @@ def alone(folder: Path) -> Iterator[None]:
         raise RunError(f"another process is at work on {folder}. Wait for it, or name another folder.") from error
     except OSError as error:
         raise RunError(f"cannot write to {folder}: {error}.") from error
-
-
-def read_effects(file: Path, *, repair: bool = False) -> dict[str, list[float]]:
-    """Per-prompt effects by component address, in the order of the lines; empty when there is no file.
-
-    Args:
-        file: An `effects.jsonl`.
-        repair: Cut off a last line that was only half written, so that the file can be continued.
-
-    Raises:
-        RunError: a whole line that is no record.
-    """
-    if not file.is_file():
-        return {}
-    data = file.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    if repair and len(whole) < len(data):
-        os.truncate(file, len(whole))
-    found: dict[str, list[float]] = {}
-    for number, line in enumerate(whole.splitlines(), 1):
-        try:
-            record = json.loads(line)
-            found[record["component"]] = record["effects"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise RunError(
-                f"line {number} of {file} is no record ({error}). Delete the file to measure it again."
-            ) from error
-    return found
 
 
 def write_whole(file: Path, text: str) -> None:

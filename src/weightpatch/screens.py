@@ -19,7 +19,8 @@ from weightpatch.outputs import fit_divergence, fit_margin
 from weightpatch.pair import ModelPair
 from weightpatch.prompts import ContrastPrompts
 from weightpatch.reading import Target
-from weightpatch.run import Progress, Run, read_effects, settle, write_whole
+from weightpatch.recording import append_effects, read_effects
+from weightpatch.run import Progress, Run, settle, write_whole
 from weightpatch.screening import BUDGET, CONFIDENCE, Screened, Screening, choose, compare, how_far, to_measure
 from weightpatch.statistics import check_gap
 
@@ -88,24 +89,19 @@ def screen_run(run: Run, pair: ModelPair, settings: ScreenSettings) -> Iterator[
         lines = read_effects(file, repair=True)
         known = frozenset(one for one in measured if str(one) in lines)
         yield Progress(stage="screen", task=task, done=len(known), total=len(measured))
-        with file.open("a", encoding="utf-8") as out:
-            for effect in sweep(
-                pair,
-                prompts,
-                anchor,
-                measured,
-                engine=run.config.engine,
-                batch_tokens=run.batch_tokens if run.config.engine == "suffix" else run.pass_tokens,
-                skip=known,
-            ):
-                if str(effect.component) in lines:
-                    continue
-                lines[str(effect.component)] = effect.per_prompt.tolist()
-                out.write(
-                    json.dumps({"component": str(effect.component), "effects": lines[str(effect.component)]}) + "\n"
-                )
-                out.flush()
-                yield Progress(stage="screen", task=task, done=len(lines), total=len(measured))
+        names = set(lines)
+        found_now = sweep(
+            pair,
+            prompts,
+            anchor,
+            measured,
+            engine=run.config.engine,
+            batch_tokens=run.batch_tokens if run.config.engine == "suffix" else run.pass_tokens,
+            skip=known,
+        )
+        for effect in append_effects(file, found_now, names):
+            lines[str(effect.component)] = effect.per_prompt.tolist()
+            yield Progress(stage="screen", task=task, done=len(lines), total=len(measured))
         found = {one: torch.tensor(lines[str(one)], dtype=torch.float64) for one in measured}
         screening = compare(
             estimates,

@@ -20,13 +20,14 @@ from weightpatch.component import components
 from weightpatch.difference import weight_differences
 from weightpatch.errors import NoGapError, RunError
 from weightpatch.fitting import Gates, fit_anchor, halves
-from weightpatch.localization import plan, sweep
+from weightpatch.localization import ALL_TARGETS, deliver, plan, sweep, targets_of
 from weightpatch.pair import ModelPair, check_prompts
 from weightpatch.prompts import BUILT_IN, ContrastPrompts
 from weightpatch.reading import reference
+from weightpatch.recording import append_effects, read_effects
 from weightpatch.residuals import tokens_per_call
 from weightpatch.responses import with_responses
-from weightpatch.run import FORMAT, Progress, Run, RunConfig, check_folder, read_effects, refusal, write_whole
+from weightpatch.run import FORMAT, Progress, Run, RunConfig, check_folder, refusal, write_whole
 from weightpatch.statistics import check_gap
 
 N_PROMPTS_OF_OTHERS = 12
@@ -199,7 +200,7 @@ def measure_effects(run: Run, pair: ModelPair) -> Iterator[Progress]:
         yield Progress(stage="localize", task=task, done=len(known), total=len(below))
         if not (run.folder(task) / "reference.json").is_file():
             base, specialized = reference(pair, prompts, anchor, batch_tokens=run.pass_tokens)
-            found = {
+            about: dict[str, object] = {
                 "anchor": _file_digest(run.folder(task) / "anchor.safetensors"),
                 "prompts": [row.id for row in prompts],
                 "queries": [row.query for row in prompts],
@@ -209,33 +210,39 @@ def measure_effects(run: Run, pair: ModelPair) -> Iterator[Progress]:
                 "past_anchor": [str(component) for component in past],
                 "failure": _gap_failure(specialized - base, [row.query for row in prompts]),
             }
-            write_whole(run.folder(task) / "reference.json", json.dumps(found) + "\n")
+            if has_targets(config, anchor):
+                targets = targets_of(pair, anchor, ALL_TARGETS)
+                delivered = deliver(pair, prompts, anchor, targets, batch_tokens=run.batch_tokens).mean(dim=2)
+                about["targets"] = [str(target) for target in targets]
+                about["delivered"] = dict(zip(("base", "specialized"), delivered.tolist(), strict=True))
+            write_whole(run.folder(task) / "reference.json", json.dumps(about) + "\n")
         if run.failure(task):
             continue
         _check_measured(run, task, lines)
+        targets = targets_of(pair, anchor, ALL_TARGETS) if has_targets(config, anchor) else ()
         skip = frozenset(component for component in below if str(component) in known)
-        with file.open("a", encoding="utf-8") as out:
-            for effect in sweep(
-                pair,
-                prompts,
-                anchor,
-                below,
-                method=config.method,
-                engine=config.engine,
-                batch_tokens=run.batch_tokens if config.engine == "suffix" else run.pass_tokens,
-                skip=skip,
-            ):
-                if effect.component in skip:
-                    continue
-                record = {"component": str(effect.component), "effects": effect.per_prompt.tolist()}
-                out.write(json.dumps(record) + "\n")
-                out.flush()
-                known.add(str(effect.component))
-                yield Progress(stage="localize", task=task, done=len(known), total=len(below))
+        found = sweep(
+            pair,
+            prompts,
+            anchor,
+            below,
+            method=config.method,
+            engine=config.engine,
+            targets=targets,
+            batch_tokens=run.batch_tokens if config.engine == "suffix" else run.pass_tokens,
+            skip=skip,
+        )
+        for _ in append_effects(file, found, known):
+            yield Progress(stage="localize", task=task, done=len(known), total=len(below))
         _write_parquet(run, task)
     failures = [run.failure(task) for task in run.tasks]
     if all(failures):
         raise NoGapError(f"no task could be measured. {run.tasks[0]}: {failures[0]}")
+
+
+def has_targets(config: RunConfig, anchor: Anchor) -> bool:
+    """Whether the writes of later components are read while a run patches: with the fast engine, of a projection."""
+    return config.method == "exact" and config.engine == "suffix" and anchor.readout != "cosine"
 
 
 def _gap_failure(gap: Tensor, queries: list[str]) -> str | None:

@@ -141,6 +141,11 @@ def pass_rate(n_passed: int, n: int) -> Interval:
     return Interval(estimate=share, low=max(0.0, centre - half), high=min(1.0, centre + half))
 
 
+def finite(value: float) -> float | None:
+    """A number as JSON takes it: None stands for what is unknown (NaN) or unbounded."""
+    return float(value) if np.isfinite(value) else None
+
+
 def area_under_curve(positive: Floats, negative: Floats) -> float:
     """Probability that a positive lies above a negative, ties half (AUC of the ROC curve)."""
     above = (positive[:, None] > negative[None, :]).mean()

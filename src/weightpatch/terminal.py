@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from weightpatch.benchmarks import BenchmarkResult
     from weightpatch.evaluation import Evaluation
     from weightpatch.run import Progress, Run
@@ -95,6 +97,52 @@ def print_validation(opened: Run, *, as_json: bool) -> None:
             for point in record["points"]
         ]
         print_table(("set", "components", "recovery", "KL recovery", "answers that pass"), rows)
+
+
+def print_trace(opened: Run, *, as_json: bool) -> None:
+    """Print a run's traces: how many components have each role, the leading ones, and who supplies whom."""
+    found = {task: opened.trace(task) for task in opened.tasks}
+    if as_json:
+        print_json({"run": str(opened.path), "tasks": found})
+        return
+    for task, record in found.items():
+        table = opened.roles(task)
+        if record is None or table is None:
+            print(f"{task}: not traced")
+            continue
+        counts = ", ".join(f"{count} {role}" for role, count in table["role"].value_counts().items())
+        print(f"\n{task}: {counts}")
+        rows = [
+            (edge["source"], edge["target"], edge["kind"], _share(edge["total"]), _share(edge["direct"]))
+            for edge in record.get("edges", ())[:TOP]
+        ]
+        if rows:
+            print_table(("from", "to", "", "total", "direct"), rows)
+
+
+def print_edges(opened: Run, *, as_json: bool, found: Mapping[str, pd.DataFrame]) -> None:
+    """Print single edges of each task: the effect through everything between, and where only the target sees it."""
+    if as_json:
+        tasks = {task: table.to_dict(orient="records") for task, table in found.items()}
+        print_json({"run": str(opened.path), "tasks": tasks})
+        return
+    for task, table in found.items():
+        print(f"\n{task}: shares of the anchor's gap")
+        rows = [
+            (
+                row.supplier,
+                row.target,
+                f"{row.total:.4f}",
+                f"{row.direct:.4f}",
+                f"[{row.ci_low:.4f}, {row.ci_high:.4f}]",
+            )
+            for row in table.sort_values("total", key=abs, ascending=False).head(TOP).itertuples()
+        ]
+        print_table(("from", "to", "total", "direct", "95 % interval of direct"), rows)
+
+
+def _share(share: Mapping[str, float] | None) -> str:
+    return "-" if share is None else f"{share['value']:.3f}"
 
 
 def print_screening(opened: Run, *, as_json: bool) -> None:

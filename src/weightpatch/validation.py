@@ -26,7 +26,8 @@ from weightpatch.residuals import BATCH_TOKENS
 from weightpatch.statistics import Floats, Interval, mean_interval, pass_rate, recovery
 
 N_RESPONSE_TOKENS = 24
-SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 1.0)
+"""Shares of the components that are patched together: most of them few, where a ranking has to show what it knows."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -211,10 +212,65 @@ def random_like(chosen: Sequence[Component], pool: Sequence[Component], *, seed:
     )
 
 
+def layer_matched_like(chosen: Sequence[Component], pool: Sequence[Component], *, seed: int) -> tuple[Component, ...]:
+    """As many components of each unit in every layer as were chosen, drawn from the others of the pool.
+
+    Where a layer has fewer others of that unit than it needs, the rest is drawn from those that are left in the
+    nearest layers, and only when no others are left anywhere from the chosen themselves. So the counts of every unit
+    are equal always, and those of every layer too if at most half of each layer's were chosen.
+
+    Args:
+        chosen: What is to be matched, each once.
+        pool: All components that may be drawn; `chosen` are among them.
+        seed: Of the draws.
+
+    Source:
+        Our choice: it tells a ranking that knows components from one that only knows depths.
+    """
+    draw = random.Random(seed)  # noqa: S311  no secret
+    top = set(chosen)
+    needed = Counter((one.unit, _depth(one)) for one in chosen)
+    drawn: dict[Component, None] = {}
+    for (unit, depth), count in needed.items():
+        others = [one for one in pool if one not in top and (one.unit, _depth(one)) == (unit, depth)]
+        found = draw.sample(others, min(count, len(others)))
+        drawn |= dict.fromkeys(found)
+        needed[unit, depth] -= len(found)
+    for (unit, depth), count in needed.items():
+        left = [one for one in pool if one.unit == unit and one not in drawn] if count else []
+        draw.shuffle(left)
+        left.sort(key=lambda one: (one in top, abs(_depth(one) - depth)))
+        drawn |= dict.fromkeys(left[:count])
+    return tuple(drawn)
+
+
+def _depth(component: Component) -> int:
+    """Its layer; the embedding stands before the first."""
+    return -1 if component.layer is None else component.layer
+
+
 def by_difference(pair: ModelPair, pool: Sequence[Component]) -> tuple[Component, ...]:
     """The components of a pool, the one whose weights moved farthest first (norm of specialized minus base)."""
     moved = weight_differences(pair, pool)
     return tuple(one.component for one in sorted(moved, key=lambda one: -one.norm))
+
+
+def by_effects(
+    pool: Sequence[Component], effects: Mapping[str, Sequence[float]], *, sign: int = 1, seed: int = 0
+) -> tuple[Component, ...]:
+    """The components of a pool, the one with the highest mean effect first.
+
+    Args:
+        pool: In any order.
+        effects: Address -> effects on each prompt. Components that it lacks come last, in random order, so that no
+            other ranking enters through them.
+        sign: 1 or -1: the direction of the gap.
+        seed: Of that order.
+    """
+    lacking = [one for one in pool if str(one) not in effects]
+    random.Random(seed).shuffle(lacking)  # noqa: S311  no secret
+    known = [one for one in pool if str(one) in effects]
+    return (*sorted(known, key=lambda one: -sign * float(np.mean(effects[str(one)]))), *lacking)
 
 
 def leading_like(chosen: Sequence[Component], ranked: Sequence[Component]) -> tuple[Component, ...]:

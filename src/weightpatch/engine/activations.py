@@ -125,14 +125,21 @@ class Activations:
         return torch.where(mask if old.ndim > 2 else mask[0], new, old)
 
 
+def has_output(component: Component) -> bool:
+    """Whether a component puts out something of its own, which another run's can replace; a set: all its members."""
+    return all(
+        one.unit not in _WITHOUT_OUTPUT and one.address not in ("norm", "unembed")
+        for one in component.members or (component,)
+    )
+
+
 def check_outputs(members: Sequence[Component]) -> None:
     """Raise for components without an output of their own.
 
     Raises:
         ComponentError: norms, biases, the output head, alone or in a set.
     """
-    singles = [one for member in members for one in member.members or (member,)]
-    if named := [str(one) for one in singles if one.unit in _WITHOUT_OUTPUT or one.address in ("norm", "unembed")]:
+    if named := [str(member) for member in members if not has_output(member)]:
         raise ComponentError(
             f"{', '.join(named[:4])}: norms, biases and the head have no output of their own to take from the "
             "specialized run. Patch their weights (method='exact'), or name blocks, attns, mlps, heads, kvs, neurons."

@@ -48,8 +48,8 @@ class Deliveries:
         ]
         if wrong:
             raise ComponentError(
-                f"{', '.join(wrong[:4])}: cannot be a target, for what it does is not a write of its own. Name heads, "
-                "attns, mlps, neurons, blocks, rests or embed."
+                f"{', '.join(wrong[:4])}: cannot be a target, for its write is not read by itself. Name heads, attns, "
+                "mlps, neurons of plain MLPs, blocks, rests or embed."
             )
 
     def at(self, layer: int | None) -> list[int]:

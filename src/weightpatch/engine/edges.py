@@ -83,7 +83,7 @@ def direct(
             f"{target or 'the anchor'} has no {receives}: only heads and attentions have inputs q, k, v."
         )
     deliveries = Deliveries(pair=pair, targets=(target,) if target else (), direction=direction)
-    with evaluating(pair.base):
+    with evaluating(pair.base, pair.specialized):
         runs = start(pair, token_ids, anchor, batch_tokens=batch_tokens, source=source)
         ends = [_End(run, deliveries, target, receives) for run in runs]
     width = max(1, batch_tokens // max(run.packing.n_tokens for run in runs))
@@ -91,7 +91,7 @@ def direct(
         members = list(group)
         for begin in range(0, len(members), width):
             chunk = members[begin : begin + width]
-            with evaluating(pair.base):
+            with evaluating(pair.base, pair.specialized):
                 parts = [end.change(torch.cat(_added(run, chunk, layer))) for run, end in zip(runs, ends, strict=True)]
             found = gather(parts, runs)
             yield from zip(chunk, found, strict=True)
@@ -113,7 +113,7 @@ def is_upstream(supplier: Component, target: Component | None, *, is_parallel: b
 
 def is_parallel(pair: ModelPair, token_ids: Sequence[Sequence[int]], anchor: Readable) -> bool:
     """Whether the MLP of a layer leaves alone what the attention of that layer writes, as in GPT-NeoX."""
-    with evaluating(pair.base):
+    with evaluating(pair.base, pair.specialized):
         run = start(pair, token_ids[:1], anchor, batch_tokens=1)[0]
         if not run.calls:
             return False

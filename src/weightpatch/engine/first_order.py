@@ -88,7 +88,7 @@ def estimate(
         if single.address == "embed" or (single.layer is not None and single.layer < anchor.layer)
     )
     reader = anchor.reader(token_ids)
-    with evaluating(pair.base):
+    with evaluating(pair.base, pair.specialized):
         for packing in side_by_side(token_ids, most_tokens=min(batch_tokens, MOST_TOKENS)):
             texts = [token_ids[prompt] for prompt in packing.prompts]
             row = _Row.start(

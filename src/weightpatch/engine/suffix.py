@@ -57,7 +57,7 @@ def sweep(
         where: At which tokens activations are.
         deliveries: Whose writes along the anchor's direction are read on the way up.
     """
-    with evaluating(pair.base):
+    with evaluating(pair.base, pair.specialized):
         runs = start(
             pair, token_ids, anchor, batch_tokens=batch_tokens, source=source, where=where, deliveries=deliveries
         )
@@ -73,7 +73,9 @@ def measure_all(
         for chunk in _chunks(list(members), runs, batch_tokens):
             if skip >= set(chunk):
                 continue
-            with evaluating(pair.base):  # left before anything is handed out: the caller's own mode is not ours
+            with evaluating(
+                pair.base, pair.specialized
+            ):  # left before anything is handed out: the caller's own mode is not ours
                 parts = [run.measure(chunk, layer) for run in runs]
             for place, component in enumerate(chunk):
                 delivered = None
@@ -132,7 +134,7 @@ def delivered(
     Returns:
         Each of shape `(target, prompt)`, float64.
     """
-    with evaluating(pair.base):
+    with evaluating(pair.base, pair.specialized):
         runs = start(pair, token_ids, anchor, batch_tokens=batch_tokens, source="activations", deliveries=deliveries)
         found = [run.delivered_by_both() for run in runs]
     base, specialized = (gather([part[side] for part in found], runs) for side in (0, 1))

@@ -14,8 +14,9 @@ from weightpatch.component import UNITS
 from weightpatch.effects import Effects
 from weightpatch.errors import RunError
 from weightpatch.prompts import ContrastPrompt, ContrastPrompts
+from weightpatch.recording import read_effects
 from weightpatch.report.scores import Score, read_scores
-from weightpatch.run import Run, RunConfig, read_effects
+from weightpatch.run import Run, RunConfig
 from weightpatch.statistics import Interval, mean_interval
 
 if TYPE_CHECKING:

@@ -1,0 +1,163 @@
+"""Roles of components: what each restores by its weights, what by its activations, and what its role follows from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from weightpatch.component import Component
+from weightpatch.effects import Effects
+from weightpatch.errors import ComponentError
+from weightpatch.executors import Executors
+from weightpatch.nulls import Null
+from weightpatch.roles import (
+    LEVEL_OF_ROLES,
+    SOURCE_SHARE,
+    DepthByRole,
+    Role,
+    assign_roles,
+    depth_by_role,
+    executors_among,
+)
+from weightpatch.statistics import Recovery, recovery
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Hierarchy:
+    """Roles, and all that they were judged by.
+
+    Attributes:
+        components: Below the anchor those that were patched, then those past it that were held.
+        roles: One to a component.
+        table: One row to a component: component, unit, layer, role; recovery, ci_low, ci_high by weights; activation,
+            activation_low, activation_high; relay, their difference; loss, loss_low, loss_high past the anchor; p and
+            q by weights (p_weights, q_weights), activation (p_activation, q_activation) and loss (p_loss, q_loss).
+        depth: Mean depth of each role, 0 at the bottom and 1 at the top, and whether routers lie above sources.
+        n_shuffles: Of the null.
+        level: False discoveries that are allowed among the components called source, router or executor.
+        share: Part of its activation effect that a source's weights have to explain.
+    """
+
+    components: tuple[Component, ...]
+    roles: tuple[Role, ...]
+    table: pd.DataFrame
+    depth: DepthByRole
+    n_shuffles: int
+    level: float
+    share: float
+
+    def of_role(self, role: Role) -> tuple[Component, ...]:
+        """Components of a role, the largest first by what it is judged by."""
+        column = {"source": "recovery", "router": "activation", "executor": "loss"}.get(role, "recovery")
+        order = self.table[column].fillna(0).abs().sort_values(ascending=False, kind="stable").index
+        return tuple(self.components[place] for place in order if self.roles[place] == role)
+
+
+def find_roles(
+    effects: Effects,
+    activation: Effects,
+    null: Null,
+    *,
+    executors: Executors | None = None,
+    n_layers: int,
+    level: float = LEVEL_OF_ROLES,
+    share: float = SOURCE_SHARE,
+    seed: int = 0,
+) -> Hierarchy:
+    """Tell sources, routers and executors from the rest.
+
+    Source: the interval of its recovery by weights lies above the null, and its weights explain at least half of what
+    its activation restores. Router: that of its activation lies above the null, and its weights explain less. Executor:
+    past the anchor, and the interval of its loss lies above what random directions of steering give. Everything else
+    is none.
+
+    Args:
+        effects: By weight patching.
+        activation: By activation patching, of the same components, as far as they have an output, on the same prompts.
+        null: From `draw_null` for these components.
+        executors: What lies past the anchor; None: nothing was held.
+        n_layers: Of the model.
+        level: False discoveries allowed (Benjamini-Hochberg, within each of the three tests).
+        share: See above.
+        seed: Of bootstrap and permutations.
+
+    Raises:
+        ComponentError: activations of other components.
+        NoGapError: the two models do not differ measurably in the readout.
+    """
+    import pandas as pd
+
+    places = {component: place for place, component in enumerate(activation.components)}
+    if unknown := [str(one) for one in activation.components if one not in effects.components]:
+        raise ComponentError(f"activations of {', '.join(unknown[:4])}, whose weights were not patched: patch both.")
+    gap, queries = effects.gap.numpy(), effects.queries
+    weights = recovery(effects.per_prompt.numpy(), gap, groups=queries, seed=seed)
+    taken = recovery(activation.per_prompt.numpy(), gap, groups=queries, seed=seed)
+    acted = _spread(taken, [places.get(one) for one in effects.components])
+    assigned = assign_roles(
+        weights,
+        acted,
+        units=[one.unit for one in effects.components],
+        weights_null=null.weights,
+        activation_null={unit: null.activation[unit] for unit in null.activation},
+        level=level,
+        share=share,
+    )
+    table = pd.DataFrame(
+        {
+            "component": [str(one) for one in effects.components],
+            "unit": [one.unit for one in effects.components],
+            "layer": pd.array([one.layer for one in effects.components], dtype="Int64"),
+            "role": assigned.roles,
+            "recovery": weights.ratio,
+            "ci_low": weights.low,
+            "ci_high": weights.high,
+            "activation": acted.ratio,
+            "activation_low": acted.low,
+            "activation_high": acted.high,
+            "relay": acted.ratio - weights.ratio,
+            "p_weights": assigned.p_weights,
+            "q_weights": assigned.q_weights,
+            "p_activation": assigned.p_activation,
+            "q_activation": assigned.q_activation,
+        }
+    )
+    components, roles = effects.components, assigned.roles
+    if executors:
+        found = executors.table(seed=seed).rename(columns={"ci_low": "loss_low", "ci_high": "loss_high"})
+        own, p, q = executors_among(found["loss_low"].to_numpy(), executors.null_shares, level=level)
+        found = found.assign(role=own, p_loss=p, q_loss=q)
+        table = pd.concat([table, found], ignore_index=True)
+        components, roles = (*components, *executors.components), (*roles, *own)
+    else:
+        table[["loss", "loss_low", "loss_high", "p_loss", "q_loss"]] = np.nan
+    depths = np.array([(one.layer or 0) / n_layers for one in components])
+    return Hierarchy(
+        components=components,
+        roles=roles,
+        table=table,
+        depth=depth_by_role(roles, depths, seed=seed),
+        n_shuffles=null.n_shuffles,
+        level=level,
+        share=share,
+    )
+
+
+def _spread(found: Recovery, places: Sequence[int | None]) -> Recovery:
+    """Values by component; NaN where there is no place."""
+
+    def spread(values: np.ndarray[tuple[int], np.dtype[np.float64]]) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+        return np.array([float("nan") if place is None else values[place] for place in places])
+
+    return Recovery(
+        ratio=spread(found.ratio),
+        low=spread(found.low),
+        high=spread(found.high),
+        mean_of_ratios=spread(found.mean_of_ratios),
+    )
