@@ -31,8 +31,8 @@ from weightpatch.statistics import Floats, recovery
 if TYPE_CHECKING:
     import pandas as pd
 
-N_RANDOM = 2
-"""Random directions that the base is pushed along as far, for the null."""
+LEAST_NULL = 60
+"""Losses that the null has at least, over random directions and components."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -100,7 +100,7 @@ def find_executors(
     level: float | None = None,
     n_tokens: int = N_TOKENS,
     divergence: Divergence | None = None,
-    n_random: int = N_RANDOM,
+    n_random: int | None = None,
     seed: int = 0,
     batch_tokens: int | None = None,
 ) -> Executors:
@@ -117,7 +117,7 @@ def find_executors(
         level: The readout to hold; None: the mean of the specialized model's.
         n_tokens: Most tokens of an answer.
         divergence: Made for these prompts already; None: fit it.
-        n_random: Random directions for the null.
+        n_random: Random directions for the null; None: as many as give `LEAST_NULL` losses, and two at least.
         seed: Of these directions.
         batch_tokens: Most tokens of one call; None: as many as suit the model and its device.
 
@@ -145,6 +145,8 @@ def find_executors(
     held = [_held(anchor, ids, whole, is_along=is_along) for ids, whole in zip(asked, token_ids, strict=True)]
     generator = torch.Generator().manual_seed(seed)
     size = len(anchor.direction)
+    if n_random is None:
+        n_random = max(2, -(-LEAST_NULL // len(past)))
     ways = [anchor.direction, *(_unit(torch.randn(size, generator=generator)) for _ in range(n_random))]
     width = batch_tokens or tokens_per_call(pair.base)
     lost, steered, plain = [], [], torch.zeros(0)

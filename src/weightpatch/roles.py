@@ -21,6 +21,8 @@ LEVEL_OF_ROLES = 0.05
 SOURCE_SHARE = 0.5
 """Part of its activation effect that a source's own weights explain at least (our choice, method.md section 6)."""
 N_PERMUTATIONS = 10_000
+LEAST_FOR_BOUND = 30
+"""Values of a null from which its mean and deviation are trusted beyond its range (our choice, from simulations)."""
 
 _ROUNDING = 1e-9
 
@@ -147,7 +149,8 @@ def p_above(low: Floats, null: Floats) -> Floats:
 
     Within the null's range by its ranks, `(1 + count) / (1 + size)`. Beyond all of it, where ranks cannot tell any
     more, the smaller of that and Cantelli's bound `1 / (1 + z * z)`, z being the distance from the null's mean in its
-    standard deviations: whatever the distribution, no more of it lies so far out.
+    standard deviations. The bound holds for every distribution whose mean and deviation are known; here they come from
+    the same values, so it is used only with `LEAST_FOR_BOUND` of them, and a null without spread gives none.
 
     Args:
         low: Lower ends; NaN, where an interval is unknown, gives 1.
@@ -157,17 +160,17 @@ def p_above(low: Floats, null: Floats) -> Floats:
         ValueError: a null of fewer than two values.
 
     Source:
-        Ranks: Phipson and Smyth 2010 (doi:10.2202/1544-6115.1585). That mean and deviation are taken from the same
-        values is our approximation.
+        Ranks: Phipson and Smyth 2010 (doi:10.2202/1544-6115.1585). The bound beyond them is our approximation.
     """
     if len(null) < 2:
         raise ValueError(f"a null of {len(null)} values: draw more of it, for components of this unit")
     reached = len(null) - np.searchsorted(np.sort(null), low, side="left")
     found = (1 + reached) / (1 + len(null))
-    deviation = max(float(null.std(ddof=1)), np.finfo(float).tiny)
-    with np.errstate(over="ignore"):
-        bound = 1 / (1 + np.square((low - null.mean()) / deviation))
-    found = np.where(low > null.max(), np.minimum(found, bound), found)
+    deviation = float(null.std(ddof=1))
+    if len(null) >= LEAST_FOR_BOUND and deviation > 0:
+        with np.errstate(over="ignore"):
+            bound = 1 / (1 + np.square((low - null.mean()) / deviation))
+        found = np.where(low > null.max(), np.minimum(found, bound), found)
     whole: Floats = np.where(np.isnan(low), 1.0, found)
     return whole
 

@@ -186,7 +186,7 @@ def areas(shares: Floats, recoveries: Floats) -> Areas:
 def _check(per_prompt: Floats, labels: Sequence[str]) -> None:
     if per_prompt.ndim != 2 or per_prompt.shape[1] != len(labels):
         raise ValueError(
-            f"effects of shape {per_prompt.shape} for {len(labels)} prompts: needs (component, prompt), and a label each"
+            f"effects of shape {per_prompt.shape} for {len(labels)} prompts: needs (component, prompt), one label each"
         )
 
 

@@ -20,7 +20,7 @@ from weightpatch.executors import Executors, find_executors
 from weightpatch.flows import Flow, along_anchor, toward_specialized
 from weightpatch.graph import ANCHOR, OUTPUT, Edge, Graph, Node, Round, Share, nodes_in_order
 from weightpatch.hierarchy import Hierarchy, find_roles
-from weightpatch.localization import localize, reaches, sweep
+from weightpatch.localization import deliver, localize, reaches, sweep
 from weightpatch.nulls import N_SHUFFLES, draw_null, pooled
 from weightpatch.pair import ModelPair
 from weightpatch.paths import direct_effects
@@ -38,7 +38,7 @@ class TraceSettings:
 
     Attributes:
         candidates: Units and addresses among which suppliers are looked for.
-        n_targets: Most targets of a round.
+        n_targets: Most targets of the first round; half as many of the others.
         n_exact: Candidates with the largest estimates that are patched exactly, in each round.
         n_suppliers: Most suppliers of a round.
         share: Targets and suppliers are the fewest that together have this share of what all found have.
@@ -49,7 +49,7 @@ class TraceSettings:
 
     candidates: str = "neurons,heads"
     n_targets: int = 8
-    n_exact: int = 48
+    n_exact: int = 32
     n_suppliers: int = 16
     share: float = 0.8
     least: float = 0.05
@@ -113,7 +113,7 @@ def trace(
         edges += step.edges
         if len(rounds) == 1:
             edges += tracer.delivered(step.suppliers, method="exact")
-        targets = _innermost([one for one in step.suppliers if one.layer])[: how.n_targets]
+        targets = _innermost([one for one in step.suppliers if one.layer])[: max(1, how.n_targets // 2)]
     overlap = tracer.overlaps(routers, _others(roles, routers, seed=seed)) if routers else ((), ())
     edges += _executed(roles, how)
     named = {name for edge in edges for name in (edge.source, edge.target)}
@@ -255,7 +255,7 @@ class _Tracer:
         best = sorted(candidates, key=lambda one: -estimates[str(one)])[: self.how.n_exact]
         chosen = tuple(one for one in candidates if one in best)
         counts = len(candidates), len(chosen)
-        measured, gaps = self.measure(flows, chosen)
+        measured, gaps = self.measure(flows, chosen, is_first=is_first)
         try:
             shares = self.shares(sum(measured.values(), torch.zeros(())), sum(gaps.values(), torch.zeros(())))
         except NoGapError:
@@ -268,7 +268,7 @@ class _Tracer:
             stop = "no candidate's interval lies above 0"
             return _Step(round=_round(names, (), None, counts, stop))
         together = suppliers[0] if len(suppliers) == 1 else Component.joint(suppliers)
-        jointly, _ = self.measure(flows, (together,))
+        jointly, _ = self.measure(flows, (together,), is_first=is_first)
         joint = self.shares(sum(jointly.values(), torch.zeros(())), sum(gaps.values(), torch.zeros(())))[0]
         if joint.value < self.how.least:
             stop = f"patched together they restore less than {self.how.least:g} of what the targets write"
@@ -305,9 +305,11 @@ class _Tracer:
         return found
 
     def measure(
-        self, flows: Mapping[Component, Flow], chosen: Sequence[Component]
+        self, flows: Mapping[Component, Flow], chosen: Sequence[Component], *, is_first: bool
     ) -> tuple[dict[Component, Tensor], dict[Component, Tensor]]:
         """Exact effects of components on each target, `(component, prompt)`, and the target's gap, `(prompt,)`."""
+        if is_first:  # what is written along the anchor is read on the way up to it, all targets at once
+            return self.measure_at_once(tuple(flows), chosen)
         found, gaps = {}, {}
         for target, flow in flows.items():
             values = torch.zeros(len(chosen), len(self.prompts), dtype=torch.float64)
@@ -317,6 +319,23 @@ class _Tracer:
             base, specialized = reference(self.pair, self.prompts, flow)
             found[target], gaps[target] = values, specialized - base
         return found, gaps
+
+    def measure_at_once(
+        self, targets: tuple[Component, ...], chosen: Sequence[Component]
+    ) -> tuple[dict[Component, Tensor], dict[Component, Tensor]]:
+        """The same for what targets write along the anchor, from one sweep."""
+        targets = components(self.pair.architecture, targets)
+        ordered = components(self.pair.architecture, list(chosen))
+        swept = {
+            effect.component: effect.per_target
+            for effect in sweep(
+                self.pair, self.prompts, self.anchor, ordered, targets=targets, batch_tokens=self.batch_tokens
+            )
+        }
+        rows = [values for one in chosen if (values := swept[one]) is not None]
+        base, specialized = deliver(self.pair, self.prompts, self.anchor, targets, batch_tokens=self.batch_tokens)
+        found = {target: torch.stack([values[place] for values in rows]) for place, target in enumerate(targets)}
+        return found, {target: specialized[place] - base[place] for place, target in enumerate(targets)}
 
     def supplied(
         self,
