@@ -34,7 +34,14 @@ from weightpatch.stages import fit_anchors, measure_effects, start
 TASK = "sections"
 SCREEN = ScreenSettings(units="heads,kvs", budget=12)
 DRILL = DrillSettings(budget=16, n_groups=3)
-CURVE = CurveSettings(ranking="screen", largest_differences=True, shares=(0.1, 0.25), n_prompts=2, answers=False)
+CURVE = CurveSettings(
+    recipients=("base",),
+    ranking="screen",
+    controls=("random", "largest differences"),
+    shares=(0.1, 0.25),
+    n_prompts=2,
+    answers="none",
+)
 
 Stage = Callable[[Run, ModelPair, Any], Iterator[Progress]]
 
@@ -308,8 +315,8 @@ def test_a_validation_by_a_screening_ranks_by_what_is_exact_where_that_is_known(
     assert (order[0], order[-1]) == (by_estimate[-1], by_estimate[0])
     assert [(point["arm"], point["k"]) for point in points] == [
         ("top", 0),
-        ("top", 2), ("largest differences", 2), ("random 1", 2),
-        ("top", 6), ("largest differences", 6), ("random 1", 6),
+        ("top", 2), ("random 1", 2), ("largest differences", 2),
+        ("top", 6), ("random 1", 6), ("largest differences", 6),
     ]  # fmt: skip
     for point in points:
         assert len(set(point["patch"])) == len(point["patch"]) == point["k"]
@@ -418,11 +425,11 @@ def test_drill_prints_one_json_object_or_the_tree(weightpatch: Program, run: Run
 
 def test_validate_by_a_screening_prints_every_arm(weightpatch: Program, done: Run, run: Run, tmp_path: Path) -> None:
     both = Run.open(shutil.copytree(done.path, tmp_path / "both"))
-    options = ("--ranking", "screen", "--largest-differences", "--n-prompts", 2, "--no-answers", "--json")
+    options = ("--ranking", "screen", "--n-prompts", 2, "--answers", "none", "--json")
     code, out, err = weightpatch("validate", both.path, *options)
     assert code == 0, err
     points = json.loads(out)["tasks"][TASK]
-    assert {point["arm"] for point in points} == {"top", "largest differences", "random 1"}
+    assert {point["arm"] for point in points} == {"top", "random 1", "layer-matched 1", "largest differences", "bottom"}
     code, out, _ = weightpatch("validate", run.path, *options)
     assert code == 2
     assert f"weightpatch screen {run.path}" in json.loads(out)["error"]

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from weightpatch.prompts import ContrastPrompts as ContrastPrompts
     from weightpatch.screening import screen as screen
     from weightpatch.steering import steered as steered
+    from weightpatch.tracing import trace as trace
 
 __version__ = "0.1.0"
 
@@ -39,6 +40,7 @@ _HOME = {
     "patched": "patch",
     "screen": "screening",
     "steered": "steering",
+    "trace": "tracing",
 }
 
 __all__ = [*_HOME]  # noqa: PLE0604

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -42,6 +42,9 @@ from weightpatch.terminal import (
     status,
 )
 
+if TYPE_CHECKING:
+    from weightpatch.cli_run import Stage
+
 app = typer.Typer(
     name="weightpatch",
     help="Find which parameters of a fine-tuned language model carry what it can do.",
@@ -56,6 +59,7 @@ _CommandLineError: Any = next(kind for kind in typer.BadParameter.__mro__ if kin
 
 _INTERRUPTED = "interrupted. The same command continues where it stopped."
 DEMO_UNITS = "blocks,attns,mlps,heads,kvs"
+DEMO_TASK = "title"
 
 
 def main() -> None:
@@ -102,13 +106,22 @@ def demo(
     out: Annotated[Path, typer.Option(help="The run folder to make.")] = Path("weightpatch-demo"),
     as_json: AsJson = False,
 ) -> None:
-    """Run the whole job on the bundled pair: no network, no download, about a minute."""
+    """Run the whole job on the bundled pair, one type traced and validated: no network, no download, about a minute."""
     from weightpatch.checkpoint import BUNDLED
+    from weightpatch.curves import CurveSettings, validate
     from weightpatch.run import RunConfig
+    from weightpatch.traces import TraceStage, trace_run
+    from weightpatch.tracing import TraceSettings
 
     base, specialized = BUNDLED
     config = RunConfig(base=base, specialized=specialized, units=DEMO_UNITS)
-    do_stages(config, out, stages=STAGES, as_json=as_json)
+    short = TraceStage(trace=TraceSettings(n_rounds=1, n_targets=4, n_exact=16), n_shuffles=4)
+    curve = CurveSettings(shares=(0.05, 0.1, 0.2, 1.0), n_prompts=8, answers="none")
+    own: dict[str, Stage] = {
+        "trace": lambda opened, pair: trace_run(opened, pair, short, tasks=(DEMO_TASK,)),
+        "validate": lambda opened, pair: validate(opened, pair, curve, tasks=(DEMO_TASK,)),
+    }
+    do_stages(config, out, stages=STAGES, as_json=as_json, own=own)
 
 
 @app.command()

@@ -13,6 +13,7 @@ Base = Annotated[str, typer.Argument(metavar="BASE", help="Hub id, folder or .gg
 Specialized = Annotated[
     str, typer.Argument(metavar="SPECIALIZED", help="The same of the specialized model, or a PEFT adapter folder.")
 ]
+OnlyTask = Annotated[list[str] | None, typer.Option("--task", help="Only this task; may be given several times.")]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of text.")]
 Dtype = Annotated[str, typer.Option(help="One dtype for both: float32, bfloat16, float16, float64.")]

@@ -19,6 +19,7 @@ from weightpatch.cli_options import (
     DeviceMap,
     Dtype,
     Loading,
+    OnlyTask,
     Revision,
     RunPath,
     Specialized,
@@ -99,7 +100,7 @@ def run(
     any_adapter_base: AnyAdapterBase = False,
     as_json: AsJson = False,
 ) -> None:
-    """Anchor, localize, report: the main job on your own pair and prompts."""
+    """Anchor, localize, trace, validate, report: the main job on your own pair and prompts."""
     from pydantic import ValidationError
 
     if until not in STAGES:
@@ -188,6 +189,7 @@ def validate(
         typer.Option(help="Generate answers with all sets, with the leading and the first random ones, or with none."),
     ] = "top",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 80,
+    task: OnlyTask = None,
     device_map: DeviceMap = None,
     allow_pickle: AllowPickle = False,
     any_adapter_base: AnyAdapterBase = False,
@@ -207,7 +209,7 @@ def validate(
         max_new_tokens=max_new_tokens,
     )
     loading = Loading(device_map=device_map, allow_pickle=allow_pickle, any_adapter_base=any_adapter_base)
-    own = {"validate": lambda opened, pair: work(opened, pair, settings)}
+    own = {"validate": lambda opened, pair: work(opened, pair, settings, tasks=task or ())}
     _resume("validate", path, loading, as_json=as_json, own=own, show=print_validation)
 
 
@@ -230,6 +232,7 @@ def trace(
         str, typer.Option(help="Among which suppliers are looked for: units and addresses.")
     ] = "neurons,heads",
     shuffles: Annotated[int, typer.Option(min=2, help="Of the null: pairs with shuffled differences.")] = 10,
+    task: OnlyTask = None,
     device_map: DeviceMap = None,
     allow_pickle: AllowPickle = False,
     any_adapter_base: AnyAdapterBase = False,
@@ -244,12 +247,12 @@ def trace(
     loading = Loading(device_map=device_map, allow_pickle=allow_pickle, any_adapter_base=any_adapter_base)
     if supplier is None or target is None:
         settings = TraceStage(trace=TraceSettings(candidates=candidates), n_shuffles=shuffles)
-        own = {"trace": lambda opened, pair: trace_run(opened, pair, settings)}
+        own = {"trace": lambda opened, pair: trace_run(opened, pair, settings, tasks=task or ())}
         _resume("trace", path, loading, as_json=as_json, own=own, show=print_trace)
         return
     edges = EdgeSettings(suppliers=supplier, target=target, receives=receives, method=method)
     found: dict[str, pd.DataFrame] = {}
-    own = {"edges": lambda opened, pair: measure_edges(opened, pair, edges, found)}
+    own = {"edges": lambda opened, pair: measure_edges(opened, pair, edges, found, tasks=task or ())}
     _resume("edges", path, loading, as_json=as_json, own=own, show=partial(print_edges, found=found))
 
 

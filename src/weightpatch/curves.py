@@ -91,7 +91,7 @@ class _Point:
         return self.recipient, self.arm, len(self.patch)
 
 
-def validate(run: Run, pair: ModelPair, settings: CurveSettings) -> Iterator[Progress]:
+def validate(run: Run, pair: ModelPair, settings: CurveSettings, *, tasks: Sequence[str] = ()) -> Iterator[Progress]:
     """Measure the curves of every task that has effects, and write them to `validation.json` point by point.
 
     Goes on where an earlier call with the same settings stopped. When all points of a task are there, its record gets
@@ -101,10 +101,16 @@ def validate(run: Run, pair: ModelPair, settings: CurveSettings) -> Iterator[Pro
     the specialized model whoever received weights. So f is 0 with nothing patched either way, and 1 when the patched
     components make the recipient read like the donor.
 
+    Args:
+        run: The run.
+        pair: The two models.
+        settings: What to measure.
+        tasks: Which tasks; none named: all.
+
     Raises:
         RunError: a validation with other settings is there, or of a ranking that was another one.
     """
-    for task in run.tasks:
+    for task in run.chosen(tasks):
         if run.failure(task):
             continue
         file = run.folder(task) / "validation.json"
@@ -126,7 +132,7 @@ def validate(run: Run, pair: ModelPair, settings: CurveSettings) -> Iterator[Pro
             yield Progress(stage="validate", task=task, done=len(known) + done, total=len(points))
         if missing or "stability" not in found:
             record["areas"] = _areas(record["points"])
-            has_effects = (run.folder(task) / "effects.jsonl").is_file()
+            has_effects = bool(read_effects(run.folder(task) / "effects.jsonl"))
             record["stability"] = found.get("stability") or (robustness(run, pair, task) if has_effects else None)
             write_whole(file, json.dumps(record, indent=1, allow_nan=False) + "\n")
 

@@ -20,7 +20,7 @@ from weightpatch.packed.packing import side_by_side
 from weightpatch.pair import ModelPair
 from weightpatch.prompts import TokenIds, TokenizedPrompts
 from weightpatch.reader import Reader
-from weightpatch.residuals import evaluating, pad, walk
+from weightpatch.residuals import BATCH_TOKENS, batches, evaluating, pad, walk
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -31,6 +31,7 @@ class Flow:
         pair: The two models.
         targets: Heads, attentions, MLPs or neurons of one layer.
         toward: For each prompt, along what each token's write is read, shape `(token, feature)`; 0: not at all.
+        calls: The targets' layer as it is called on each prompt alone, from `layer_calls`.
 
     Raises:
         AnchorError: targets of several layers, or none.
@@ -39,6 +40,7 @@ class Flow:
     pair: ModelPair
     targets: tuple[Component, ...]
     toward: tuple[Tensor, ...]
+    calls: tuple[LayerCall, ...]
 
     def __post_init__(self) -> None:
         if len({target.layer for target in self.targets}) != 1 or self.targets[0].layer is None:
@@ -62,32 +64,25 @@ class Flow:
 
     def reader(self, token_ids: Sequence[Sequence[int]]) -> Reader:
         """See `Readable`."""
-        calls = self._calls(token_ids)
         return Reader(
             layer=self.layer,
             places=tuple(tuple(range(len(ids))) for ids in token_ids),
-            score=lambda sequence, residual: self._score(calls[sequence], sequence, residual, {}),
+            score=lambda sequence, residual: self._score(sequence, residual, {}),
         )
 
-    def read(self, *, specialized: bool, token_ids: Sequence[Sequence[int]]) -> Tensor:
+    def read(self, token_ids: Sequence[TokenIds], *, specialized: bool) -> Tensor:
         """The readout of one model on every prompt, with its own weights in the targets: `(prompt,)`, float64."""
         model = self.pair.specialized if specialized else self.pair.base
-        found = []
-        with evaluating(model):
-            for sequence, (ids, call) in enumerate(zip(token_ids, self._calls(token_ids), strict=True)):
-                weights = layer_weights(self.pair, call, self.layer) if specialized else {}
-                residual = _entering(model, ids, self.layer)
-                found.append(self._score(call, sequence, residual, weights)[0])
+        weights = layer_weights(self.pair, self.calls[0], self.layer) if specialized else {}
+        with evaluating(model, self.pair.base):
+            residuals = entering(model, token_ids, self.layer)
+            found = [self._score(sequence, residual, weights)[0] for sequence, residual in enumerate(residuals)]
         return torch.stack(found)
 
-    def _calls(self, token_ids: Sequence[Sequence[int]]) -> list[LayerCall]:
-        """The layer as it is called on each prompt alone."""
-        with evaluating(self.pair.base):
-            return [layer_call(self.pair, ids, self.layer) for ids in token_ids]
-
-    def _score(self, call: LayerCall, sequence: int, residual: Tensor, weights: dict[str, Tensor]) -> Tensor:
+    def _score(self, sequence: int, residual: Tensor, weights: dict[str, Tensor]) -> Tensor:
         """Residuals of one prompt `(row, token, feature)` -> `(row,)`, float64, on the CPU."""
         deliveries = Deliveries(pair=self.pair, targets=self.targets, direction=self.toward[sequence])
+        call = self.calls[sequence]
         parts = call.parts(residual.to(embedding_weight(self.pair.base).device), weights)
         return deliveries.of(self.layer, call, parts, weights).sum(dim=(1, 2)).cpu().to(torch.float64)
 
@@ -108,8 +103,10 @@ def along_anchor(anchor: Anchor, token_ids: Sequence[TokenIds]) -> tuple[Tensor,
     return tuple(toward)
 
 
-def toward_specialized(pair: ModelPair, token_ids: Sequence[TokenIds], target: Component) -> Flow:
-    """How far a target's write has come from what it is in the base to what it is in the specialized model.
+def toward_specialized(
+    pair: ModelPair, token_ids: Sequence[TokenIds], target: Component, calls: Sequence[LayerCall]
+) -> tuple[Tensor, ...]:
+    """For each prompt, the directions that read how far a target's write has come to that in the specialized model.
 
     Each token's direction is the difference of the two writes there, over the sum of all their squares. So the flow's
     gap is 1 on every prompt; where the two do not differ on some prompt it is 0.
@@ -118,37 +115,52 @@ def toward_specialized(pair: ModelPair, token_ids: Sequence[TokenIds], target: C
         pair: The two models.
         token_ids: The prompts.
         target: Any target.
+        calls: Its layer on each prompt, from `layer_calls`.
     """
     layer = target.layer or 0
+    written = []
+    with evaluating(pair.base, pair.specialized):
+        for model, weights in ((pair.base, {}), (pair.specialized, layer_weights(pair, calls[0], layer))):
+            residuals = entering(model, token_ids, layer)
+            written.append(
+                [
+                    contribution(pair, target, call, call.parts(residual, weights), weights)[0].cpu().double()
+                    for call, residual in zip(calls, residuals, strict=True)
+                ]
+            )
     toward = []
-    for ids in token_ids:
-        with evaluating(pair.base, pair.specialized):
-            call = layer_call(pair, ids, layer)
-            written = []
-            for model, weights in ((pair.base, {}), (pair.specialized, layer_weights(pair, call, layer))):
-                parts = call.parts(_entering(model, ids, layer), weights)
-                written.append(contribution(pair, target, call, parts, weights)[0].cpu().to(torch.float64))
-        change = written[1] - written[0]
+    for ours, theirs in zip(*written, strict=True):
+        change = theirs - ours
         size = change.square().sum()
         toward.append(change / size if size > 0 else change)
-    return Flow(pair=pair, targets=(target,), toward=tuple(toward))
+    return tuple(toward)
 
 
-def layer_call(pair: ModelPair, ids: Sequence[int], layer: int) -> LayerCall:
-    """A layer of the base as it is called on one prompt, read at all of its tokens."""
-    (packing,) = side_by_side([ids], most_tokens=len(ids))
-    tokens = pad([ids], embedding_weight(pair.base).device)
-    calls, _ = record(pair.base, tokens, packing, layer + 1, torch.arange(len(ids)))
-    return calls[layer]
+def layer_calls(pair: ModelPair, token_ids: Sequence[Sequence[int]], layer: int) -> tuple[LayerCall, ...]:
+    """A layer of the base as it is called on each prompt alone, read at all of its tokens.
+
+    What a layer is handed depends on positions only, so prompts of one length share a call.
+    """
+    found: dict[int, LayerCall] = {}
+    with evaluating(pair.base):
+        for ids in token_ids:
+            if len(ids) not in found:
+                (packing,) = side_by_side([ids], most_tokens=len(ids))
+                tokens = pad([ids], embedding_weight(pair.base).device)
+                calls, _ = record(pair.base, tokens, packing, layer + 1, torch.arange(len(ids)))
+                found[len(ids)] = calls[layer]
+    return tuple(found[len(ids)] for ids in token_ids)
 
 
-def _entering(model: PreTrainedModel, ids: Sequence[int], layer: int) -> Tensor:
-    """Residual stream entering a layer on one prompt, `(1, token, feature)`."""
-    found: list[Tensor] = []
+def entering(model: PreTrainedModel, token_ids: Sequence[Sequence[int]], layer: int) -> list[Tensor]:
+    """Residual stream entering a layer on each prompt, `(1, token, feature)`."""
+    found: dict[int, Tensor] = {}
+    for batch in batches(token_ids, BATCH_TOKENS):
 
-    def see(number: int, residual: Tensor, _args: object, _kwargs: object) -> None:
-        if number == layer:
-            found.append(residual)
+        def see(number: int, residual: Tensor, _args: object, _kwargs: object, batch: list[int] = batch) -> None:
+            if number == layer:
+                rows = zip(batch, residual, strict=True)
+                found.update((prompt, row[None, : len(token_ids[prompt])]) for prompt, row in rows)
 
-    walk(model, pad([ids], embedding_weight(model).device), layer, see)
-    return found[0]
+        walk(model, pad([token_ids[prompt] for prompt in batch], embedding_weight(model).device), layer, see)
+    return [found[prompt] for prompt in range(len(token_ids))]

@@ -69,7 +69,7 @@ def readouts(
     """A readout of one model of a pair, with whatever is patched into it, shape `(prompt,)`, float64."""
     token_ids = inputs(pair, prompts, target)
     if isinstance(target, Flow):
-        return target.read(specialized=model is pair.specialized, token_ids=token_ids)
+        return target.read(token_ids, specialized=model is pair.specialized)
     if not isinstance(target, Anchor):
         return contrasted(_through_head(model, token_ids, target, batch_tokens=batch_tokens), target)
     residuals = read_residuals(

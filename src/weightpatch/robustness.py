@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -119,7 +119,9 @@ def _other_queries(run: Run, pair: ModelPair, task: str, effects: Effects) -> di
 def _record(found: Stability) -> dict[str, Any]:
     """JSON knows neither NaN nor keys that are numbers."""
     return {
-        **{name: finite(value) for name, value in asdict(found).items() if name.startswith("spearman")},
         "n": found.n,
+        "spearman": finite(found.spearman),
+        "spearman_low": finite(found.spearman_low),
+        "spearman_high": finite(found.spearman_high),
         "jaccard": {str(k): finite(value) for k, value in found.jaccard.items()},
     }

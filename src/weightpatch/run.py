@@ -24,7 +24,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -129,6 +129,16 @@ class Run:
     def tasks(self) -> tuple[str, ...]:
         """Names of the tasks, in the order of the prompts."""
         return tuple(self.manifest["tasks"])
+
+    def chosen(self, names: Sequence[str]) -> tuple[str, ...]:
+        """The tasks of some names; none named: all.
+
+        Raises:
+            RunError: there is none of a name.
+        """
+        if unknown := [name for name in names if name not in self.tasks]:
+            raise RunError(f"{self.path} has no task {', '.join(unknown)}. Its tasks: {', '.join(self.tasks)}.")
+        return tuple(names) or self.tasks
 
     @property
     def batch_tokens(self) -> int:

@@ -128,15 +128,15 @@ def print_edges(opened: Run, *, as_json: bool, found: Mapping[str, pd.DataFrame]
         return
     for task, table in found.items():
         print(f"\n{task}: shares of the anchor's gap")
+        leading = table.sort_values("total", key=abs, ascending=False).head(TOP)
         rows = [
             (
-                row.supplier,
-                row.target,
-                f"{row.total:.4f}",
-                f"{row.direct:.4f}",
-                f"[{row.ci_low:.4f}, {row.ci_high:.4f}]",
+                str(row["supplier"]),
+                str(row["target"]),
+                *(f"{row[name]:.4f}" for name in ("total", "direct")),
+                f"[{row['ci_low']:.4f}, {row['ci_high']:.4f}]",
             )
-            for row in table.sort_values("total", key=abs, ascending=False).head(TOP).itertuples()
+            for row in leading.to_dict(orient="records")
         ]
         print_table(("from", "to", "total", "direct", "95 % interval of direct"), rows)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -69,17 +69,23 @@ class EdgeSettings:
     method: Literal["exact", "activation"] = "exact"
 
 
-def trace_run(run: Run, pair: ModelPair, settings: TraceStage) -> Iterator[Progress]:
+def trace_run(run: Run, pair: ModelPair, settings: TraceStage, *, tasks: Sequence[str] = ()) -> Iterator[Progress]:
     """Find roles and the graph of every task whose effects are complete, on the `localize` split.
 
     Writes `activation.jsonl` (effects by activation patching, line by line), `null.jsonl` (one shuffle to a line),
     `executors.json`, `roles.parquet`, `trace.graphml` and, last, `trace.json`. Goes on where an earlier call with the
     same settings stopped.
 
+    Args:
+        run: The run.
+        pair: The two models.
+        settings: What to do.
+        tasks: Which tasks; none named: all.
+
     Raises:
         RunError: a trace with other settings is there, or effects are missing.
     """
-    for task in run.tasks:
+    for task in run.chosen(tasks):
         if run.failure(task):
             continue
         anchor = run.anchor(task)
@@ -131,7 +137,7 @@ def trace_run(run: Run, pair: ModelPair, settings: TraceStage) -> Iterator[Progr
 
 
 def measure_edges(
-    run: Run, pair: ModelPair, settings: EdgeSettings, found: dict[str, pd.DataFrame]
+    run: Run, pair: ModelPair, settings: EdgeSettings, found: dict[str, pd.DataFrame], *, tasks: Sequence[str] = ()
 ) -> Iterator[Progress]:
     """Measure single edges of every task, direct and total; nothing is written.
 
@@ -141,8 +147,9 @@ def measure_edges(
         settings: Which edges.
         found: Takes up, by task, the table of `Edges` with a column `total`: the effect through everything between, as
             a share of the anchor's gap like `direct`.
+        tasks: Which tasks; none named: all.
     """
-    for task in run.tasks:
+    for task in run.chosen(tasks):
         if run.failure(task):
             continue
         yield Progress(stage="edges", task=task)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -17,15 +17,16 @@ from weightpatch.effects import Effects
 from weightpatch.engine.activations import has_output
 from weightpatch.errors import AnchorError, ComponentError, NoGapError
 from weightpatch.executors import Executors, find_executors
-from weightpatch.flows import Flow, along_anchor, toward_specialized
+from weightpatch.flows import Flow, along_anchor, layer_calls, toward_specialized
 from weightpatch.graph import ANCHOR, OUTPUT, Edge, Graph, Node, Round, Share, nodes_in_order
 from weightpatch.hierarchy import Hierarchy, find_roles
 from weightpatch.localization import deliver, localize, reaches, sweep
 from weightpatch.nulls import N_SHUFFLES, draw_null, pooled
+from weightpatch.packed.calls import LayerCall
 from weightpatch.pair import ModelPair
 from weightpatch.paths import direct_effects
 from weightpatch.prompts import ContrastPrompts
-from weightpatch.reading import Target, inputs, reference
+from weightpatch.reading import Target, inputs
 from weightpatch.stability import Overlap, overlaps
 from weightpatch.statistics import finite, recovery
 
@@ -191,6 +192,8 @@ class _Tracer:
     how: TraceSettings
     seed: int
     batch_tokens: int | None
+    calls: dict[int, tuple[LayerCall, ...]] = field(default_factory=dict)
+    by_flow: dict[str, float] = field(default_factory=dict)
 
     @property
     def queries(self) -> tuple[str, ...]:
@@ -252,6 +255,8 @@ class _Tracer:
             stop = "no candidate lies below these targets"
             return _Step(round=_round(names, (), None, (0, 0), stop))
         estimates = self.estimates(flows, candidates)
+        if is_first:
+            self.by_flow = estimates
         best = sorted(candidates, key=lambda one: -estimates[str(one)])[: self.how.n_exact]
         chosen = tuple(one for one in candidates if one in best)
         counts = len(candidates), len(chosen)
@@ -279,10 +284,16 @@ class _Tracer:
     def flows(self, targets: Sequence[Component], *, is_first: bool) -> dict[Component, Flow]:
         """What is read of each target: along the anchor, or, of suppliers, toward the specialized model's write."""
         token_ids = inputs(self.pair, self.prompts, self.anchor)
-        if is_first:
-            toward = along_anchor(self.anchor, token_ids)
-            return {one: Flow(pair=self.pair, targets=(one,), toward=toward) for one in targets}
-        return {one: toward_specialized(self.pair, token_ids, one) for one in targets}
+        along = along_anchor(self.anchor, token_ids)
+        found = {}
+        for one in targets:
+            layer = one.layer or 0
+            if layer not in self.calls:
+                self.calls[layer] = layer_calls(self.pair, token_ids, layer)
+            calls = self.calls[layer]
+            toward = along if is_first else toward_specialized(self.pair, token_ids, one, calls)
+            found[one] = Flow(pair=self.pair, targets=(one,), toward=toward, calls=calls)
+        return found
 
     def candidates(self, flows: Mapping[Component, Flow], targets: Sequence[Component]) -> tuple[Component, ...]:
         """Components that reach one of the flows, the targets left out."""
@@ -316,8 +327,8 @@ class _Tracer:
             places = [place for place, one in enumerate(chosen) if reaches(one, flow)]
             if places:
                 values[places] = self.effects([chosen[place] for place in places], flow, method="exact")
-            base, specialized = reference(self.pair, self.prompts, flow)
-            found[target], gaps[target] = values, specialized - base
+            found[target] = values
+            gaps[target] = torch.tensor([float(rows.any()) for rows in flow.toward], dtype=torch.float64)
         return found, gaps
 
     def measure_at_once(
@@ -380,12 +391,12 @@ class _Tracer:
     ) -> tuple[tuple[Overlap, ...], tuple[Overlap, ...]]:
         """Rankings of suppliers, of the routers and of others, against the ranking by effects of weights."""
         flows = self.flows(routers, is_first=True)
-        universe = self.candidates(flows, (*routers, *others))
+        universe = [one for one in self.candidates(flows, (*routers, *others)) if str(one) in self.by_flow]
         if not universe:
             return (), ()
         values = self.effects(universe, self.anchor, method="first-order").mean(dim=1).tolist()
         by_weights = _ranked(dict(zip(map(str, universe), values, strict=True)))
-        of_routers = _ranked(self.estimates(flows, universe))
+        of_routers = _ranked({str(one): self.by_flow[str(one)] for one in universe})
         if not others:
             return overlaps(of_routers, by_weights), ()
         of_others = _ranked(self.estimates(self.flows(others, is_first=True), universe))

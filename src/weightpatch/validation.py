@@ -26,7 +26,7 @@ from weightpatch.residuals import BATCH_TOKENS
 from weightpatch.statistics import Floats, Interval, mean_interval, pass_rate, recovery
 
 N_RESPONSE_TOKENS = 24
-SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 1.0)
+SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 """Shares of the components that are patched together: most of them few, where a ranking has to show what it knows."""
 
 
@@ -229,15 +229,19 @@ def layer_matched_like(chosen: Sequence[Component], pool: Sequence[Component], *
     """
     draw = random.Random(seed)  # noqa: S311  no secret
     top = set(chosen)
+    others: dict[tuple[str, int], list[Component]] = {}
+    for one in pool:
+        if one not in top:
+            others.setdefault((one.unit, _depth(one)), []).append(one)
     needed = Counter((one.unit, _depth(one)) for one in chosen)
     drawn: dict[Component, None] = {}
-    for (unit, depth), count in needed.items():
-        others = [one for one in pool if one not in top and (one.unit, _depth(one)) == (unit, depth)]
-        found = draw.sample(others, min(count, len(others)))
+    for place, count in needed.items():
+        own = others.get(place, [])
+        found = draw.sample(own, min(count, len(own)))
         drawn |= dict.fromkeys(found)
-        needed[unit, depth] -= len(found)
-    for (unit, depth), count in needed.items():
-        left = [one for one in pool if one.unit == unit and one not in drawn] if count else []
+        needed[place] -= len(found)
+    for (unit, depth), count in (+needed).items():  # what is still needed
+        left = [one for one in pool if one.unit == unit and one not in drawn]
         draw.shuffle(left)
         left.sort(key=lambda one: (one in top, abs(_depth(one) - depth)))
         drawn |= dict.fromkeys(left[:count])

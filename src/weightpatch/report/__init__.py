@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 import plotly.graph_objects as go
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from weightpatch.report import behaviour, figures, maps, screening
+from weightpatch.graph import Graph
+from weightpatch.report import behaviour, figures, hierarchy, maps, screening
 from weightpatch.report.contents import N_TOP, TaskResult, command, count_words, read_tasks, short_name
 from weightpatch.report.sharing import SERVING_RECOVERY, share
 from weightpatch.report.style import span_color, unit_style
 from weightpatch.report.tokens import MOST_TOKENS, token_figure
+from weightpatch.report.verdict import verdict
 from weightpatch.run import Run, write_whole
 
 if TYPE_CHECKING:
@@ -53,7 +56,9 @@ def render(run: Run) -> str:
     drawn = _Figures()
     tables = {task.name: task.table for task in tasks if task.table is not None}
     drawn_tasks = [(task, _task_figures(task, run, drawn)) for task in tasks]
+    traces = {task.name: found for task in tasks if (found := _trace(task, run, drawn)) is not None}
     screens = {task.name: screen for task in tasks if (screen := _screening(task, run, drawn)) is not None}
+    styles = ["style.css", "hierarchy.css", *(["screening.css"] if screens else [])]
     scripts = {"plotly": get_plotlyjs(), "figures": _resource("figures.js")}
     return _template().render(
         run=run,
@@ -73,8 +78,11 @@ def render(run: Run) -> str:
         n_top=N_TOP,
         unit_style=unit_style,
         screens=screens,
+        traces=traces,
+        words={task.name: verdict(run, task.name) for task in tasks},
+        joint={task.name: run.validation(task.name) for task in tasks},
         span_color=span_color,
-        css=Markup(_resource("style.css") + (_resource("screening.css") if screens else "")),  # noqa: S704 - ours
+        css=Markup("".join(map(_resource, styles))),  # noqa: S704 - ours
         scripts={name: Markup(text) for name, text in scripts.items()},  # noqa: S704 - plotly's and ours
         policy=_policy(list(scripts.values())),
     )
@@ -176,6 +184,50 @@ def _screening(task: TaskResult, run: Run, drawn: _Figures) -> dict[str, object]
         "is_shortened": "tokens" in found and len(record["tokens"]["texts"]) > MOST_TOKENS,
         "shown_spans": list(dict.fromkeys(record["tokens"]["spans"])) if "tokens" in found else [],
     }
+
+
+def _trace(task: TaskResult, run: Run, drawn: _Figures) -> dict[str, object] | None:
+    """What the template needs of a task's trace; None where there is none."""
+    record, table = run.trace(task.name), run.roles(task.name)
+    if record is None or table is None or task.anchor is None:
+        return None
+    place = {"n_layers": int(run.manifest["architecture"]["n_layers"]), "anchor_layer": task.anchor.layer}
+    about: dict[str, object] = {
+        "n_prompts": len(run.reference(task.name)["prompts"]),
+        "n_without": int((table["recovery"].notna() & table["activation"].isna()).sum()),
+        "null": hierarchy.null_of_roles(_read_lines(run.folder(task.name) / "null.jsonl")),
+    }
+    found: dict[str, go.Figure] = {}
+    if (table["recovery"].notna() & table["activation"].notna()).any():
+        found["roles"] = hierarchy.roles_figure(table, share=record["rule"]["share"])
+    found["depth"] = hierarchy.depth_figure(table, means=record["depth"]["mean"], **place)
+    if record.get("edges"):
+        graph = Graph.from_record({"rounds": (), "overlaps": (), "control": (), **record})
+        found["graph"] = hierarchy.graph_figure(graph, **place)
+        kept = hierarchy.strongest(graph)
+        about |= {"n_drawn": len(kept), "n_left_out": len(graph.edges) - len(kept)}
+    matrix = run.matrix(task.name)
+    if matrix is not None and (rows := hierarchy.rows_of_matrix(matrix, table)):
+        found["delivery"] = hierarchy.delivery_figure(matrix, rows=rows)
+        recoveries = table.set_index("component")["recovery"].loc[rows]
+        about |= {
+            "rows": rows,
+            "are_sources": bool((table.loc[table["component"].isin(rows), "role"] == "source").all()),
+            "deviation": float((matrix.loc[rows].sum(axis=1) - recoveries).abs().max()),
+        }
+    if record.get("executors") and table["loss"].notna().any():
+        file = run.folder(task.name) / "executors.json"
+        held = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        about["null_of_losses"] = behaviour.null_of_losses(held)
+        about["n_directions"] = len(held.get("null", ()))
+        found["executors"] = behaviour.executors_figure(table, null=behaviour.null_of_losses(held))
+    return {**record, **about, "figures": {name: drawn.add(figure) for name, figure in found.items()}}
+
+
+def _read_lines(file: Path) -> list[dict[str, Any]]:
+    """The records of a file of JSON lines; none where there is no file. A half line at its end is left out."""
+    whole = file.read_text(encoding="utf-8") if file.is_file() else ""
+    return [json.loads(line) for line in whole[: whole.rfind("\n") + 1].splitlines()]
 
 
 def _policy(scripts: list[str]) -> str:
