@@ -350,12 +350,12 @@ def test_both_curves_rise_from_nothing_to_the_donor_where_everything_below_the_a
 
 
 def test_few_components_are_patched_by_default_and_each_number_once(pair: ModelPair, tmp_path: Path) -> None:
-    for n, counts in ((40, [0, 1, 2, 4, 40]), (3, [0, 1, 3]), (1, [0, 1])):
+    for n, counts in ((40, [0, 1, 2, 4, 8, 20, 40]), (3, [0, 1, 2, 3]), (1, [0, 1])):
         config = CONFIG.model_copy(update={"units": ",".join(f"L0.N{index}" for index in range(n))})
         run = begin(config, pair, tmp_path / str(n))
         list(validate(run, pair, CurveSettings(recipients=("base",), controls=(), n_prompts=2, answers="none")))
         assert [point["k"] for point in run.validation(TASK)["points"]] == counts
-    assert CurveSettings().shares == SHARES == (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 1.0)
+    assert CurveSettings().shares == SHARES == (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 
 def test_a_validation_goes_on_where_it_stopped(done: Run, pair: ModelPair, tmp_path: Path) -> None:

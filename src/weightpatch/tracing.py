@@ -54,7 +54,7 @@ class TraceSettings:
     n_suppliers: int = 16
     share: float = 0.8
     least: float = 0.05
-    n_rounds: int = 3
+    n_rounds: int = 2
 
 
 def trace(

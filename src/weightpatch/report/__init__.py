@@ -191,6 +191,7 @@ def _trace(task: TaskResult, run: Run, drawn: _Figures) -> dict[str, object] | N
     record, table = run.trace(task.name), run.roles(task.name)
     if record is None or table is None or task.anchor is None:
         return None
+    record = {"rounds": [], "overlaps": [], "control": [], **record}
     place = {"n_layers": int(run.manifest["architecture"]["n_layers"]), "anchor_layer": task.anchor.layer}
     about: dict[str, object] = {
         "n_prompts": len(run.reference(task.name)["prompts"]),
@@ -202,7 +203,7 @@ def _trace(task: TaskResult, run: Run, drawn: _Figures) -> dict[str, object] | N
         found["roles"] = hierarchy.roles_figure(table, share=record["rule"]["share"])
     found["depth"] = hierarchy.depth_figure(table, means=record["depth"]["mean"], **place)
     if record.get("edges"):
-        graph = Graph.from_record({"rounds": (), "overlaps": (), "control": (), **record})
+        graph = Graph.from_record(record)
         found["graph"] = hierarchy.graph_figure(graph, **place)
         kept = hierarchy.strongest(graph)
         about |= {"n_drawn": len(kept), "n_left_out": len(graph.edges) - len(kept)}

@@ -25,8 +25,8 @@ _SPANS = {
 }
 _MEASURES = (
     ("recovery", "readout", "#0072B2", "circle"),
-    ("kl_recovery", "output (KL)", "#009E73", "diamond"),
-    ("passed", "answers that pass", "#D55E00", "square"),
+    ("kl_recovery", "KL", "#009E73", "diamond"),
+    ("passed", "passed", "#D55E00", "square"),
 )
 
 
@@ -38,21 +38,20 @@ NULL_QUANTILE = 0.95
 
 @dataclass(frozen=True, kw_only=True)
 class _Arm:
-    name: str
     color: str
     dash: str
     symbol: str
 
 
 _ARMS = {
-    "top": _Arm(name="leading", color="#0072B2", dash="solid", symbol="circle"),
-    "random": _Arm(name="random", color="#7F7F7F", dash="dot", symbol="circle-open"),
-    "layer-matched": _Arm(name="random, same layers", color="#D55E00", dash="dash", symbol="square-open"),
-    "largest differences": _Arm(name="largest differences", color="#CC79A7", dash="dashdot", symbol="triangle-up-open"),
-    "activation": _Arm(name="leading by activation", color="#009E73", dash="longdash", symbol="diamond-open"),
-    "bottom": _Arm(name="lowest", color="#E69F00", dash="longdashdot", symbol="triangle-down-open"),
+    "top": _Arm(color="#0072B2", dash="solid", symbol="circle"),
+    "random": _Arm(color="#7F7F7F", dash="dot", symbol="circle-open"),
+    "layer-matched": _Arm(color="#D55E00", dash="dash", symbol="square-open"),
+    "largest differences": _Arm(color="#CC79A7", dash="dashdot", symbol="triangle-up-open"),
+    "activation": _Arm(color="#009E73", dash="longdash", symbol="diamond-open"),
+    "bottom": _Arm(color="#E69F00", dash="longdashdot", symbol="triangle-down-open"),
 }
-_OTHER_ARM = _Arm(name="", color="#7F7F7F", dash="dot", symbol="x-open")
+_OTHER_ARM = _Arm(color="#7F7F7F", dash="dot", symbol="x-open")
 """For an arm of another version."""
 
 
@@ -106,7 +105,7 @@ def curve_figure(points: Sequence[Mapping[str, Any]], *, recipient: str) -> go.F
     shown: set[str] = set()
     for arm in arms:  # the leading ones last, on top of the others
         look = _ARMS.get(_kind(arm), _OTHER_ARM)
-        name = plain(look.name or _kind(arm))
+        name = "leading" if arm == "top" else plain(_kind(arm))
         for row, (key, measure, color, symbol) in enumerate(_MEASURES):
             if row and _kind(arm) not in ("top", "random"):
                 continue
@@ -154,7 +153,7 @@ def curve_figure(points: Sequence[Mapping[str, Any]], *, recipient: str) -> go.F
     figure.update_yaxes(title_text="output, answers", row=2, col=1)
     what = "specialized weights into the base" if recipient == "base" else "base weights into the specialized model"
     styled(figure, title=f"Patched together: {what}", height=560, top=64)
-    below = {"orientation": "h", "x": 0, "y": -0.14, "yanchor": "top", "traceorder": "reversed"}
+    below = {"orientation": "h", "x": 0, "y": 0, "yref": "container", "yanchor": "bottom", "traceorder": "reversed"}
     figure.update_layout(legend={"traceorder": "reversed"}, legend2=below, margin_b=100)
     return figure
 
@@ -196,7 +195,7 @@ def executors_figure(table: pd.DataFrame, *, null: float | None = None, most: in
         figure.add_trace(trace)
     if null is not None:
         figure.add_vline(x=null, line={"color": "#CC79A7", "width": 2, "dash": "dash"})
-    figure.update_xaxes(title_text="loss (share of the way to the specialized model's output)", zeroline=True)
+    figure.update_xaxes(title_text="share of the way that is lost", zeroline=True)
     figure.update_yaxes(categoryorder="array", categoryarray=names[::-1])
     figure.update_layout(barmode="overlay", bargap=0.3, showlegend=True)
     return styled(figure, title="What the output loses without them", height=110 + 24 * len(names))

@@ -45,7 +45,6 @@ _KINDS = {"supplies": "#7F7F7F", "relays": "#CC79A7", "delivers": "#56B4E9", "ex
 _OUTER = "#5b6570"
 _ATTENTION = re.compile(r"L(\d+)\.(?:attn|H\d|KV\d)")
 _IN_LAYER = re.compile(r"L(\d+)\.")
-_FEW = 4
 _LEAST = 0.0005
 _STEPS = np.linspace(0, 1, 13)
 
@@ -181,7 +180,7 @@ def graph_figure(graph: Graph, *, n_layers: int, anchor_layer: int, most: int = 
     widest = max((abs(_size(edge)) for edge in edges), default=0.0) or 1.0
     shown: set[str] = set()
     for edge in reversed(edges):
-        x, y = _curve(places[edge.source], places[edge.target])
+        x, y = _curve(places[edge.source], places[edge.target], bend=0.25 / n_layers)
         words = f"<b>{plain(edge.source)}</b> {_VERBS[edge.kind]} <b>{plain(edge.target)}</b>"
         trace = {
             "type": "scatter",
@@ -209,18 +208,18 @@ def graph_figure(graph: Graph, *, n_layers: int, anchor_layer: int, most: int = 
     ends = [node for node in nodes if node.component in (ANCHOR, OUTPUT)]
     figure.add_trace(_dots(ends, places, name="", role=None, symbol="star", color=_OUTER))
     figure.add_vline(x=anchor_layer - 0.5, line={"color": "#7F7F7F", "width": 1.5, "dash": "dot"})
-    figure.add_annotation(x=anchor_layer - 0.5, y=1.1, text=ANCHOR, xanchor="left", xshift=3, showarrow=False)
+    figure.add_annotation(x=anchor_layer - 0.5, y=1.18, text=ANCHOR, xanchor="left", xshift=3, showarrow=False)
     figure.update_xaxes(
         title_text="layer",
         tickvals=list(range(0, n_layers, layer_tick(n_layers))),
-        range=[-1, n_layers + 0.5],
+        range=[-0.03 * n_layers - 0.8, 1.04 * n_layers + 0.3],
         zeroline=False,
         showgrid=False,
     )
-    figure.update_yaxes(visible=False, range=[-1.12, 1.12])
-    tallest = max((sum(one == x for one, _ in places.values()) for x, _ in places.values()), default=1)
+    figure.update_yaxes(visible=False, range=[-1.22, 1.22])
+    tallest = max(sum(y > 0 for _, y in places.values()), sum(y < 0 for _, y in places.values()))
     title = f"The {len(edges)} strongest of {len(graph.edges)} edges"
-    return styled(figure, title=title, height=max(420, 44 * tallest + 100), top=64)
+    return styled(figure, title=title, height=max(420, 2 * 22 * tallest + 100), top=64)
 
 
 _VERBS = {"supplies": "supplies", "relays": "relays to", "delivers": "delivers to", "executes": "executes:"}
@@ -250,10 +249,7 @@ def _dots(
         "x": [places[node.component][0] for node in nodes],
         "y": [places[node.component][1] for node in nodes],
         "text": ["" if node.component == ANCHOR else plain(_IN_LAYER.sub("", node.component)) for node in nodes],
-        "textposition": [
-            "middle left" if sum(x == places[node.component][0] for x, _ in places.values()) > _FEW else "top center"
-            for node in nodes
-        ],
+        "textposition": "top center",
         "textfont": {"size": 11},
         "customdata": [
             [plain(node.component), words or "<br>not measured by itself"]
@@ -267,25 +263,25 @@ def _dots(
 
 
 def _places(nodes: Sequence[Node], *, n_layers: int, anchor_layer: int) -> dict[str, tuple[float, float]]:
-    """Component -> x and y; those of one layer spread over the upper half (attention) or the lower one."""
+    """Component -> x and y: attention above, the rest below, each at a height of its own, nearer to the anchor's later."""
     places = {ANCHOR: (anchor_layer - 0.5, 0.0), OUTPUT: (float(n_layers), 0.0)}
-    groups: dict[tuple[float, int], list[str]] = {}
+    groups: dict[tuple[int, bool], list[tuple[float, str]]] = {}
     for node in nodes:
         if node.component not in places:
             half = 1 if _ATTENTION.match(node.component) else -1
             x = -0.5 if node.layer is None else node.layer - 0.2 * half
-            groups.setdefault((x, half), []).append(node.component)
-    for (x, half), members in groups.items():
-        for place, name in enumerate(members):
-            places[name] = (x, half * (0.06 + (place + 0.5) / len(members)))
+            groups.setdefault((half, x > anchor_layer - 0.5), []).append((x, node.component))
+    for (half, is_past), members in groups.items():
+        ordered = sorted(members, key=lambda member: member[0], reverse=not is_past)
+        for place, (x, name) in enumerate(ordered, 1):
+            places[name] = (x, half * place / len(ordered) * (0.5 if is_past else 1))
     return places
 
 
-def _curve(start: tuple[float, float], end: tuple[float, float]) -> tuple[list[float], list[float]]:
-    """A curve that bends away from the middle, so that it passes by what lies between."""
+def _curve(start: tuple[float, float], end: tuple[float, float], *, bend: float) -> tuple[list[float], list[float]]:
+    """A curve that bends away from the middle, more for each layer, so that it passes by what lies between."""
     (x0, y0), (x1, y1) = start, end
-    bend = 0.06 * abs(x1 - x0) * (1 if y0 + y1 > 0 else -1)
-    y_middle = (y0 + y1) / 2 + bend
+    y_middle = (y0 + y1) / 2 + bend * abs(x1 - x0) * (1 if y0 + y1 > 0 else -1)
     x = (1 - _STEPS) * x0 + _STEPS * x1
     y = (1 - _STEPS) ** 2 * y0 + 2 * _STEPS * (1 - _STEPS) * y_middle + _STEPS**2 * y1
     return x.round(3).tolist(), y.round(4).tolist()
@@ -305,7 +301,8 @@ def delivery_figure(matrix: pd.DataFrame, *, rows: Sequence[str]) -> go.Figure:
     values = sums.to_numpy(dtype=float)
     limit = float(np.abs(values).max(initial=0.0)) or 1.0
     starts = [place for place, group in enumerate(order) if place and group[0] != order[place - 1][0]]
-    x = [place + sum(start <= place for start in starts) for place in range(len(order))]  # a gap between the parts
+    gap = 1 + len(order) // MOST_WITH_TEXT
+    x = [place + gap * sum(start <= place for start in starts) for place in range(len(order))]
     spread = np.full((len(values), x[-1] + 1 if x else 0), np.nan)
     spread[:, x] = values
     parts = ("", "attention of layer ", "MLP of layer ")
