@@ -355,6 +355,14 @@ def test_the_page_says_how_many_prompts_what_was_left_out_and_what_controls_gave
     assert "paraphrases of the instruction" not in text
 
 
+def test_curves_of_an_old_run_without_areas_and_stability_are_shown(run: Run) -> None:
+    old = [point for point in make_points() if point["arm"] in ("top", "random 1")]
+    write_whole(run.folder("title") / "validation.json", json.dumps({"points": old}))
+    page = Page(render(run))
+    assert "Patched together: specialized weights into the base" in page.text
+    assert not any(words in page.text for words in ("CPR", "How stable"))
+
+
 def test_a_run_without_a_trace_says_nothing_of_roles(run: Run) -> None:
     text = Page(render(run)).text
     assert not any(words in text for words in ("Roles", "The graph", "Executors", "In words", "Patched together"))

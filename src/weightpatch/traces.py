@@ -21,7 +21,7 @@ from weightpatch.engine.edges import Receives
 from weightpatch.errors import NoGapError, RunError
 from weightpatch.executors import Executors, find_executors
 from weightpatch.hierarchy import Hierarchy, find_roles
-from weightpatch.localization import Method, localize, plan, sweep
+from weightpatch.localization import Method, plan, sweep, targets_of
 from weightpatch.nulls import N_SHUFFLES, Draw, draw_null, pooled
 from weightpatch.pair import ModelPair
 from weightpatch.paths import ANCHOR, direct_effects
@@ -164,16 +164,16 @@ def measure_edges(
             method=settings.method,
             batch_tokens=run.batch_tokens,
         )
-        effects = localize(
+        found_now = sweep(
             pair,
             prompts,
             anchor,
-            units=edges.suppliers,
+            edges.suppliers,
             method=settings.method,
-            targets=() if settings.target == ANCHOR else settings.target,
+            targets=() if settings.target == ANCHOR else targets_of(pair, anchor, settings.target),
             batch_tokens=run.batch_tokens,
         )
-        whole = effects.per_prompt if settings.target == ANCHOR else effects.per_target[:, 0]
+        whole = torch.stack([one.per_prompt if one.per_target is None else one.per_target[0] for one in found_now])
         table = edges.table(seed=run.config.seed)
         table.insert(3, "total", (whole.mean(dim=1) / edges.gap.mean()).numpy())
         found[task] = table

@@ -12,13 +12,12 @@ from plotly.subplots import make_subplots
 
 from weightpatch.anchor import Anchor
 from weightpatch.report.figures import layer_tick
-from weightpatch.report.hierarchy import ROLE_COLORS, intervals_in_words
+from weightpatch.report.hierarchy import NULL_QUANTILE, OUTLINE, ROLE_COLORS, intervals_in_words
 from weightpatch.report.style import plain, styled
 
 if TYPE_CHECKING:
     import pandas as pd
 
-_INK = "#5b6570"
 _SPANS = {
     "prompt": ("held at the prompt's readout positions", "#0072B2", "circle"),
     "answer": ("held there and at every token of the answer", "#D55E00", "diamond"),
@@ -32,8 +31,6 @@ _MEASURES = (
 
 MOST_BARS = 12
 """Components past the anchor of which a figure shows what they are worth."""
-
-NULL_QUANTILE = 0.95
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,7 +180,7 @@ def executors_figure(table: pd.DataFrame, *, null: float | None = None, most: in
                 "symmetric": False,
                 "array": (some["loss_high"] - some["loss"]).tolist(),
                 "arrayminus": (some["loss"] - some["loss_low"]).tolist(),
-                "color": _INK,
+                "color": OUTLINE,
                 "thickness": 1.25,
                 "width": 3,
             },

@@ -35,6 +35,9 @@ MOST_NAMED = 6
 
 NULL_QUANTILE = 0.95
 
+OUTLINE = "#7d8792"
+"""Of intervals, means and whatever is no component; to be seen on light pages and dark ones."""
+
 ROLE_COLORS: dict[str | None, str] = {
     "source": "#D55E00", "router": "#0072B2", "executor": "#009E73", "none": "#8A929B", None: "#E69F00",
 }  # fmt: skip
@@ -42,10 +45,11 @@ ROLE_COLORS: dict[str | None, str] = {
 
 _SYMBOLS = {"source": "circle", "router": "diamond", "executor": "square", "none": "x-thin-open", None: "triangle-up"}
 _KINDS = {"supplies": "#7F7F7F", "relays": "#CC79A7", "delivers": "#56B4E9", "executes": "#009E73"}
-_OUTER = "#5b6570"
 _ATTENTION = re.compile(r"L(\d+)\.(?:attn|H\d|KV\d)")
 _IN_LAYER = re.compile(r"L(\d+)\.")
 _LEAST = 0.0005
+_FEW = 2
+_GOLDEN = (5**0.5 - 1) / 2
 _STEPS = np.linspace(0, 1, 13)
 
 
@@ -132,14 +136,14 @@ def depth_figure(
             "hovertemplate": "<b>%{customdata[0]}</b>, %{customdata[1]}<extra></extra>",
             "showlegend": False,
         }
-        key = {"color": _OUTER, "symbol": look.symbol, "size": 7}
+        key = {"color": OUTLINE, "symbol": look.symbol, "size": 7}
         figure.add_trace(trace)
         figure.add_trace(
             {"type": "scatter", "mode": "markers", "x": [None], "y": [0], "marker": key, "name": plain(look.one)}
         )
     for role, depth in (means or {}).items():
         x, y = depth * n_layers, rows[str(role)]  # type: ignore[index]
-        figure.add_shape(type="line", x0=x, x1=x, y0=y - 0.45, y1=y + 0.45, line={"color": _OUTER, "width": 2})
+        figure.add_shape(type="line", x0=x, x1=x, y0=y - 0.45, y1=y + 0.45, line={"color": OUTLINE, "width": 2})
     figure.add_vline(x=anchor_layer - 0.5, line={"color": "#7F7F7F", "width": 1.5, "dash": "dot"})
     figure.update_xaxes(title_text="layer", dtick=layer_tick(n_layers), range=[-0.6, n_layers - 0.4], zeroline=False)
     figure.update_yaxes(
@@ -180,7 +184,7 @@ def graph_figure(graph: Graph, *, n_layers: int, anchor_layer: int, most: int = 
     widest = max((abs(_size(edge)) for edge in edges), default=0.0) or 1.0
     shown: set[str] = set()
     for edge in reversed(edges):
-        x, y = _curve(places[edge.source], places[edge.target], bend=0.25 / n_layers)
+        x, y = _curve(places[edge.source], places[edge.target], bend=0.4 / n_layers)
         words = f"<b>{plain(edge.source)}</b> {_VERBS[edge.kind]} <b>{plain(edge.target)}</b>"
         trace = {
             "type": "scatter",
@@ -206,7 +210,7 @@ def graph_figure(graph: Graph, *, n_layers: int, anchor_layer: int, most: int = 
         if own:
             figure.add_trace(_dots(own, places, name=role or "role not judged", role=role))
     ends = [node for node in nodes if node.component in (ANCHOR, OUTPUT)]
-    figure.add_trace(_dots(ends, places, name="", role=None, symbol="star", color=_OUTER))
+    figure.add_trace(_dots(ends, places, name="", role=None, symbol="star", color=OUTLINE))
     figure.add_vline(x=anchor_layer - 0.5, line={"color": "#7F7F7F", "width": 1.5, "dash": "dot"})
     figure.add_annotation(x=anchor_layer - 0.5, y=1.18, text=ANCHOR, xanchor="left", xshift=3, showarrow=False)
     figure.update_xaxes(
@@ -249,7 +253,10 @@ def _dots(
         "x": [places[node.component][0] for node in nodes],
         "y": [places[node.component][1] for node in nodes],
         "text": ["" if node.component == ANCHOR else plain(_IN_LAYER.sub("", node.component)) for node in nodes],
-        "textposition": "top center",
+        "textposition": [
+            "middle left" if sum(x == places[node.component][0] for x, _ in places.values()) > _FEW else "top center"
+            for node in nodes
+        ],
         "textfont": {"size": 11},
         "customdata": [
             [plain(node.component), words or "<br>not measured by itself"]
@@ -263,7 +270,10 @@ def _dots(
 
 
 def _places(nodes: Sequence[Node], *, n_layers: int, anchor_layer: int) -> dict[str, tuple[float, float]]:
-    """Component -> x and y: attention above, the rest below, each at a height of its own, nearer to the anchor's later."""
+    """Component -> x and y: attention above, the rest below, each at a height of its own.
+
+    Heights of neighbours are far apart (multiples of the golden ratio), so that their names do not lie on each other.
+    """
     places = {ANCHOR: (anchor_layer - 0.5, 0.0), OUTPUT: (float(n_layers), 0.0)}
     groups: dict[tuple[int, bool], list[tuple[float, str]]] = {}
     for node in nodes:
@@ -271,10 +281,10 @@ def _places(nodes: Sequence[Node], *, n_layers: int, anchor_layer: int) -> dict[
             half = 1 if _ATTENTION.match(node.component) else -1
             x = -0.5 if node.layer is None else node.layer - 0.2 * half
             groups.setdefault((half, x > anchor_layer - 0.5), []).append((x, node.component))
-    for (half, is_past), members in groups.items():
-        ordered = sorted(members, key=lambda member: member[0], reverse=not is_past)
-        for place, (x, name) in enumerate(ordered, 1):
-            places[name] = (x, half * place / len(ordered) * (0.5 if is_past else 1))
+    for (half, _), members in groups.items():
+        heights = np.argsort(np.argsort(np.arange(len(members)) * _GOLDEN % 1))
+        for (x, name), height in zip(sorted(members), heights.tolist(), strict=True):
+            places[name] = (x, half * (0.06 + (height + 0.5) / len(members)))
     return places
 
 

@@ -1,0 +1,195 @@
+"""What a trace is made of: shuffled pairs, flows, estimates of activations and necessity, and the graph's files."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import networkx
+import numpy as np
+import pytest
+import torch
+
+from conftest import build_pair
+from weightpatch import Anchor, ContrastPrompts, Effects, Estimation, ModelPair, localize, trace
+from weightpatch.component import Component
+from weightpatch.errors import AnchorError, ComponentError
+from weightpatch.flows import Flow, along_anchor, layer_calls, toward_specialized
+from weightpatch.graph import Graph
+from weightpatch.nulls import draw_null, pooled
+from weightpatch.reading import inputs, reference
+from weightpatch.shuffling import shuffled
+from weightpatch.tracing import TraceSettings
+from wired import wired_anchor, wired_pair, wired_prompts
+
+FAMILIES = ("llama-gqa", "gemma2", "gpt2", "gpt-neox", "olmo2", "granite", "mixtral")
+each_family = pytest.mark.parametrize("shape", FAMILIES)
+
+
+def anchor_at(layer: int) -> Anchor:
+    direction = torch.randn(24, generator=torch.Generator().manual_seed(5))
+    return Anchor(layer=layer, direction=direction, positions=(-1, -2))
+
+
+def flow_of(pair: ModelPair, prompts: ContrastPrompts, *addresses: str, toward: str = "anchor") -> Flow:
+    token_ids = inputs(pair, prompts, anchor_at(3))
+    targets = tuple(map(Component.parse, addresses))
+    calls = layer_calls(pair, token_ids, targets[0].layer or 0)
+    if toward == "anchor":
+        return Flow(pair=pair, targets=targets, toward=along_anchor(anchor_at(3), token_ids), calls=calls)
+    return Flow(pair=pair, targets=targets, toward=toward_specialized(pair, token_ids, targets[0], calls), calls=calls)
+
+
+def test_a_shuffled_pair_differs_by_the_same_numbers_at_other_places_and_always_alike() -> None:
+    pair = build_pair("llama-gqa")
+    null = shuffled(pair, seed=3)
+    for name in ("model.layers.1.mlp.down_proj.weight", "model.norm.weight", "model.layers.0.self_attn.q_proj.bias"):
+        ours = pair.base.get_parameter(name).detach()
+        true, moved = pair.specialized_weight(name) - ours, null.specialized_weight(name) - ours
+        assert not torch.equal(true, moved)
+        torch.testing.assert_close(true.flatten().sort().values, moved.flatten().sort().values, rtol=0, atol=1e-6)
+        assert torch.equal(null.specialized_weight(name), shuffled(pair, seed=3).specialized_weight(name))
+        assert not torch.equal(null.specialized_weight(name), shuffled(pair, seed=4).specialized_weight(name))
+
+
+def test_what_does_not_differ_stays_the_base_when_the_rest_is_shuffled() -> None:
+    pair = wired_pair()
+    name = "model.layers.2.mlp.up_proj.weight"
+    with torch.no_grad():
+        pair.specialized.get_parameter(name).copy_(pair.base.get_parameter(name))
+    assert torch.equal(shuffled(pair).specialized_weight(name), pair.base.get_parameter(name))
+
+
+@each_family
+def test_a_flow_along_the_anchor_reads_what_the_matrix_says_its_targets_deliver(
+    shape: str, token_prompts: ContrastPrompts
+) -> None:
+    pair = build_pair(shape)
+    targets = ("L2.H1", "L2.H3")
+    flow = flow_of(pair, token_prompts, *targets)
+    units = "embed,heads,kvs,L0.mlp,L1"
+    found = localize(pair, token_prompts, flow, units=units)
+    truth = localize(pair, token_prompts, anchor_at(3), units=list(found.components), targets=list(targets))
+    gap = float(truth.gap.abs().mean())
+    torch.testing.assert_close(found.per_prompt, truth.per_target.sum(dim=1), rtol=0, atol=1e-5 * gap)
+    torch.testing.assert_close(found.gap, (truth.delivered[1] - truth.delivered[0]).sum(dim=0), rtol=0, atol=1e-5 * gap)
+
+
+@each_family
+def test_a_flow_toward_the_specialized_write_is_one_there_and_one_with_everything_patched(
+    shape: str, token_prompts: ContrastPrompts
+) -> None:
+    pair = build_pair(shape)
+    flow = flow_of(pair, token_prompts, "L2.attn", toward="specialized")
+    base, specialized = reference(pair, token_prompts, flow)
+    torch.testing.assert_close(
+        specialized - base, torch.ones(len(token_prompts), dtype=torch.float64), rtol=0, atol=1e-5
+    )
+    lower = [Component.parse(address) for address in ("embed", "L0", "L1")]
+    found = localize(pair, token_prompts, flow, units=[Component.joint(lower), *lower])
+    # the specialized stream enters the layer; its own weights are still the base's
+    entered = localize(pair, token_prompts, flow, units=[Component.joint(lower)], method="activation")
+    torch.testing.assert_close(found.per_prompt[:1], entered.per_prompt, rtol=0, atol=1e-5)
+
+
+def test_a_flow_over_several_layers_is_refused(token_prompts: ContrastPrompts) -> None:
+    with pytest.raises(AnchorError, match="targets of one layer"):
+        flow_of(build_pair("llama-gqa"), token_prompts, "L1.H0", "L2.H1")
+
+
+@pytest.mark.parametrize("shape", ["llama-gqa", "gpt2", "gpt-neox", "granite"])
+def test_estimated_activations_of_the_last_layer_are_exact_where_no_norm_follows(
+    shape: str, token_prompts: ContrastPrompts
+) -> None:
+    pair, anchor = build_pair(shape), anchor_at(2)
+    units = "L1.mlp,L1.N3,L1.N7" if shape != "gpt-neox" else "L1.mlp,L1.N3,L1.H0,L1.KV1,L1.attn"
+    exact = localize(pair, token_prompts, anchor, units=units, method="activation")
+    estimated = localize(pair, token_prompts, anchor, units=units, method="activation", estimation=Estimation())
+    gap = float(exact.gap.abs().mean())
+    torch.testing.assert_close(estimated.per_prompt, exact.per_prompt, rtol=0, atol=1e-5 * gap)
+
+
+def test_estimates_of_small_changes_agree_with_what_patching_gives_for_every_method() -> None:
+    pair = build_pair("llama-gqa", dtype=torch.float64)
+    with torch.no_grad():
+        for ours, theirs in zip(pair.base.parameters(), pair.specialized.parameters(), strict=True):
+            theirs.copy_(ours + 1e-4 * theirs)
+    prompts = ContrastPrompts.from_token_ids(
+        with_instruction=[[4, 9, 2, 7], [3, 8, 1, 5, 6]], without_instruction=[[4, 9], [3, 8]]
+    )
+    for method in ("activation", "necessity"):
+        units = "embed,blocks,attns,mlps,heads,heads.q,kvs,L0.N3"
+        exact = localize(pair, prompts, anchor_at(3), units=units, method=method)
+        estimated = localize(pair, prompts, anchor_at(3), units=units, method=method, estimation=Estimation())
+        error = (estimated.per_prompt - exact.per_prompt).abs().max() / exact.per_prompt.abs().max()
+        assert error < 0.01, method  # norms of transformers work in float32
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "exact", "estimation": Estimation()}, "exact effects are not estimated"),
+        ({"method": "activation", "engine": "swap"}, 'need engine="suffix"'),
+        ({"method": "activation", "estimation": Estimation(approximation="weights")}, "by outputs, not by weights"),
+        ({"method": "first-order", "targets": "all"}, "an estimate has no targets"),
+        ({"method": "activation", "units": "heads,norms"}, r"L0\.norm\.attn.*no output of their own"),
+        ({"targets": "kvs"}, r"L0\.KV0.*cannot be a target"),
+    ],
+)
+def test_what_cannot_be_measured_together_is_refused_with_the_reason(
+    options: dict[str, object], message: str, token_prompts: ContrastPrompts
+) -> None:
+    with pytest.raises(ComponentError, match=message):
+        localize(build_pair("llama-gqa"), token_prompts, anchor_at(3), **{"units": "heads", **options})  # type: ignore[arg-type]
+
+
+def test_a_cosine_has_no_targets_and_no_trace(token_prompts: ContrastPrompts) -> None:
+    pair, cosine = build_pair("llama-gqa"), replace(anchor_at(2), readout="cosine")
+    with pytest.raises(AnchorError, match="only a projection"):
+        localize(pair, token_prompts, cosine, targets="all")
+    effects = localize(pair, token_prompts, cosine, units="L0.H0")
+    with pytest.raises(AnchorError, match="no cosine"):
+        trace(pair, token_prompts, cosine, effects)
+
+
+@pytest.fixture(scope="module")
+def wired_effects() -> Effects:
+    return localize(wired_pair(), wired_prompts(), wired_anchor(), units="heads,neurons")
+
+
+def test_the_null_of_a_shuffle_is_the_same_whether_it_is_drawn_alone_or_among_others(wired_effects: Effects) -> None:
+    pair, prompts, anchor = wired_pair(), wired_prompts(), wired_anchor()
+    both = list(draw_null(pair, prompts, anchor, wired_effects, seeds=(1, 2)))
+    (alone,) = draw_null(pair, prompts, anchor, wired_effects, seeds=(2,))
+    np.testing.assert_array_equal(both[1].weights, alone.weights)
+    np.testing.assert_array_equal(both[1].activation, alone.activation)
+    null = pooled(both, wired_effects.components)
+    n_heads = sum(one.unit == "heads" for one in wired_effects.components)
+    assert (len(null.weights["heads"]), null.n_shuffles) == (2 * n_heads, 2)
+
+
+def test_an_estimated_null_is_as_wide_as_a_patched_one(wired_effects: Effects) -> None:
+    pair, prompts, anchor = wired_pair(), wired_prompts(), wired_anchor()
+    spread = {
+        exact: np.stack([d.weights for d in draw_null(pair, prompts, anchor, wired_effects, seeds=(0, 1), exact=exact)])
+        for exact in (True, False)
+    }
+    assert 0.5 < spread[True].std() / spread[False].std() < 2
+
+
+def test_a_graph_comes_back_from_its_record_and_opens_in_networkx(wired_effects: Effects, tmp_path: Path) -> None:
+    pair, prompts, anchor = wired_pair(), wired_prompts(), wired_anchor()
+    graph = trace(pair, prompts, anchor, wired_effects, settings=TraceSettings(n_rounds=1))
+    assert Graph.from_record(graph.record()) == graph
+    graph.save_graphml(tmp_path / "graph.graphml")
+    read = networkx.read_graphml(tmp_path / "graph.graphml")
+    assert set(read.edges) == {(edge.source, edge.target) for edge in graph.edges}
+    assert read.nodes["L2.H1"]["role"] == "router"
+    assert read.edges["L0.N5", "L2.H1"]["total"] == pytest.approx(0.998, abs=0.01)
+
+
+def test_where_no_candidate_lies_below_the_routers_the_round_says_so(wired_effects: Effects) -> None:
+    settings = TraceSettings(candidates="L3.N0")
+    graph = trace(wired_pair(), wired_prompts(), wired_anchor(), wired_effects, settings=settings)
+    assert [found.stopped for found in graph.rounds] == ["no candidate lies below these targets"]
+    assert graph.overlaps == ()
