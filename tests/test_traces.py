@@ -20,8 +20,8 @@ from weightpatch.report import render
 from weightpatch.report.verdict import claims, verdict
 from weightpatch.run import Run, RunConfig
 from weightpatch.stages import fit_anchors, measure_effects, start
+from weightpatch.suppliers import TraceSettings
 from weightpatch.traces import TraceStage, trace_run
-from weightpatch.tracing import TraceSettings
 
 TASK = "sections"
 SETTINGS = TraceStage(

@@ -19,7 +19,7 @@ from weightpatch.graph import Graph
 from weightpatch.nulls import draw_null, pooled
 from weightpatch.reading import inputs, reference
 from weightpatch.shuffling import shuffled
-from weightpatch.tracing import TraceSettings
+from weightpatch.suppliers import TraceSettings
 from wired import wired_anchor, wired_pair, wired_prompts
 
 FAMILIES = ("llama-gqa", "gemma2", "gpt2", "gpt-neox", "olmo2", "granite", "mixtral")

@@ -110,8 +110,8 @@ def demo(
     from weightpatch.checkpoint import BUNDLED
     from weightpatch.curves import CurveSettings, validate
     from weightpatch.run import RunConfig
+    from weightpatch.suppliers import TraceSettings
     from weightpatch.traces import TraceStage, trace_run
-    from weightpatch.tracing import TraceSettings
 
     base, specialized = BUNDLED
     config = RunConfig(base=base, specialized=specialized, units=DEMO_UNITS)

@@ -239,8 +239,8 @@ def trace(
     as_json: AsJson = False,
 ) -> None:
     """One stage: activation patching, roles, and who supplies whom; with --from and --to, single edges of each task."""
+    from weightpatch.suppliers import TraceSettings
     from weightpatch.traces import EdgeSettings, TraceStage, measure_edges, trace_run
-    from weightpatch.tracing import TraceSettings
 
     if (supplier is None) != (target is None):
         raise typer.BadParameter("--from and --to belong together: name both ends of the edge, or none.")

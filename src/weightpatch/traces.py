@@ -29,7 +29,8 @@ from weightpatch.prompts import ContrastPrompts
 from weightpatch.recording import append_effects, read_effects
 from weightpatch.run import Progress, Run, settle, write_whole
 from weightpatch.statistics import finite
-from weightpatch.tracing import TraceSettings, trace
+from weightpatch.suppliers import TraceSettings
+from weightpatch.tracing import trace
 
 if TYPE_CHECKING:
     import pandas as pd
