@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from weightpatch.cli import main, run
-from weightpatch.run import RunConfig
+from weightpatch.run import Run, RunConfig
 
 TASKS = ["capitals", "no-comma", "title", "sections", "quotation", "highlights"]
 
@@ -154,6 +154,7 @@ def test_the_command_line_and_the_config_have_the_same_defaults() -> None:
     assert {"batch_tokens", "architecture", "units"} <= shared.keys()
 
 
+@pytest.mark.slow  # the README's own demo runs in the normal suite
 def test_the_demo_does_the_whole_job_on_the_bundled_pair(weightpatch: Program, tmp_path: Path) -> None:
     begun = time.monotonic()
     result = weightpatch("demo", "--out", tmp_path / "run", "--json")
@@ -172,6 +173,9 @@ def test_the_demo_does_the_whole_job_on_the_bundled_pair(weightpatch: Program, t
         recoveries = [row["recovery"] for row in effects]
         assert recoveries == sorted(recoveries, reverse=True)
         assert all(row["ci_low"] <= row["recovery"] <= row["ci_high"] for row in effects)
+    traced = Run.open(tmp_path / "run").trace("title")
+    assert traced is not None
+    assert traced["edges"]
     assert took < 60
 
 

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 import torch
 
-from weightpatch import ContrastPrompts, Estimation, ModelPair, fit_anchor, localize, patched
+import flow_oracle
+from weightpatch import Anchor, ContrastPrompts, Estimation, ModelPair, fit_anchor, localize, patched
 from weightpatch.agreement import agreement
 from weightpatch.checkpoint import find, load
 from weightpatch.component import Component
@@ -67,6 +68,35 @@ def test_localize_runs_and_the_fast_engine_equals_real_swaps(pair: ModelPair) ->
     gap = float(slow.gap.abs().mean())
     assert float(slow.per_prompt.abs().max()) > 1e-3 * gap
     torch.testing.assert_close(fast.per_prompt, slow.per_prompt, rtol=0, atol=1e-5 * gap)
+
+
+def test_activations_and_total_effects_equal_those_of_hooks_and_rows_add_up(pair: ModelPair) -> None:
+    prompts = ContrastPrompts.load("instructions:title", n_queries=2).split("localize")
+    anchor = Anchor(layer=14, direction=torch.randn(576, generator=torch.Generator().manual_seed(0)))
+    units, targets = "L5.N100,L8.mlp,L9.KV1,L10.H3", ["L12.H4", "L13.mlp"]
+    found = localize(pair, prompts, anchor, units=units, method="activation", targets="all")
+    with pair.materialized() as specialized:
+        case = flow_oracle.Case(
+            base=pair.base,
+            specialized=specialized,
+            token_ids=[list(ids) for ids in prompts.tokenize(pair.tokenizer).with_instruction],
+            layer=anchor.layer,
+            positions=anchor.positions,
+            direction=anchor.direction,
+        )
+        base = flow_oracle.readouts(case)
+        readouts = torch.stack(
+            [flow_oracle.patched_readouts(case, str(one), method="activation") - base for one in found.components]
+        )
+        totals = torch.stack(
+            [flow_oracle.total_effects(case, str(one), targets, method="activation") for one in found.components]
+        )
+    gap = float(found.gap.abs().mean())
+    assert float(found.per_prompt.abs().max()) > 1e-3 * gap
+    torch.testing.assert_close(found.per_prompt, readouts, rtol=0, atol=1e-5 * gap)
+    torch.testing.assert_close(found.per_target.sum(dim=1), found.per_prompt, rtol=0, atol=1e-5 * gap)
+    places = [[str(one) for one in found.targets].index(target) for target in targets]
+    torch.testing.assert_close(found.per_target[:, places], totals, rtol=0, atol=1e-5 * gap)
 
 
 def test_patching_everything_jointly_gives_the_experts_answers_exactly(pair: ModelPair) -> None:
