@@ -203,7 +203,10 @@ def test_roles_follow_from_the_stated_q_values_and_recoveries(seed: int) -> None
         (weights, found.p_weights, found.q_weights),
         (activation, found.p_activation, found.q_activation),
     ):
-        own = [p_above(side.low[place : place + 1], nulls[unit])[0] for place, unit in enumerate(units)]
+        scale = {unit: (null.mean(), null.std(ddof=1)) for unit, null in nulls.items()}
+        together = np.concatenate([(null - scale[unit][0]) / scale[unit][1] for unit, null in nulls.items()])
+        distances = [(low - scale[unit][0]) / scale[unit][1] for low, unit in zip(side.low, units, strict=True)]
+        own = [p_above(np.array([distance]), together)[0] for distance in distances]
         np.testing.assert_allclose(p, own, rtol=1e-12)
         np.testing.assert_allclose(q, adjusted(np.array(own)), rtol=1e-12)  # over both units together
     for place, role in enumerate(found.roles):
@@ -232,6 +235,17 @@ def test_each_component_is_judged_by_the_null_of_its_own_unit() -> None:
         assert found.roles == expected
 
 
+def test_the_nulls_of_all_units_together_tell_rarer_events_than_those_of_one_unit() -> None:
+    rng = np.random.default_rng(8)
+    nulls = {"head": rng.normal(scale=0.001, size=3000), "mlp": rng.normal(scale=0.01, size=40)}
+    low = some_recovery([0.06, *[0.0] * 100])
+    units = ["mlp", *["head"] * 100]
+    found = assign_roles(low, low, units=units, weights_null=nulls, activation_null=nulls)
+    alone = p_above(low.low[:1], nulls["mlp"])[0]
+    assert found.p_weights[0] < alone / 10
+    assert found.roles == ("source", *["none"] * 100)
+
+
 def test_an_activation_that_works_against_the_behaviour_is_no_router_even_above_a_null_that_does_so_more() -> None:
     found = assign_roles(
         some_recovery([0.0]),
@@ -254,7 +268,7 @@ def test_no_components_have_no_roles() -> None:
 
 def test_a_unit_without_a_null_is_an_error_only_where_something_was_measured() -> None:
     both = some_recovery([0.5, 0.5])
-    with pytest.raises(ValueError, match="no null for head: it has mlp"):
+    with pytest.raises(ValueError, match="no null for head; the null has mlp: draw it for head too"):
         assign_roles(
             both, both, units=["mlp", "head"], weights_null={"mlp": NULL}, activation_null={"mlp": NULL, "head": NULL}
         )

@@ -85,7 +85,8 @@ def assign_roles(
     Args:
         weights: Recoveries by weight patching.
         activation: By activation patching; NaN for components without an output.
-        units: The unit of each; each is judged by the null of its own.
+        units: The unit of each. Each is measured by the mean and deviation of its own unit's null; how rare the
+            distance is, all units' nulls tell together.
         weights_null: Unit -> recoveries by weight patching where the differences mean nothing, any number of them.
         activation_null: The same by activation patching.
         level: See above.
@@ -220,14 +221,26 @@ def depth_by_role(
 
 
 def _by_unit(low: Floats, units: Sequence[str], null: Mapping[str, Floats]) -> Floats:
-    found = np.ones(len(low))
+    """Chance of each component's distance from its unit's null, in that null's deviations, among those of all units.
+
+    Units differ in how large their effects are, hardly in how these spread; together they tell rarer events than the
+    few components of one unit could.
+    """
+    found, distances = np.ones(len(low)), np.full(len(low), np.nan)
+    pool: list[Floats] = []
     for unit in dict.fromkeys(units):
         places = [place for place, other in enumerate(units) if other == unit]
         if np.isnan(low[places]).all():  # nothing of this unit was measured
             continue
         if unit not in null:
-            raise ValueError(
-                f"no null for {unit}: it has {', '.join(null) or 'none'}. Draw it for the same components."
-            )
-        found[places] = p_above(low[places], null[unit])
+            raise ValueError(f"no null for {unit}; the null has {', '.join(null) or 'nothing'}: draw it for {unit} too")
+        if len(null[unit]) < 2 or null[unit].std() == 0:  # no scale to be measured by
+            found[places] = p_above(low[places], null[unit])
+            continue
+        centre, deviation = null[unit].mean(), null[unit].std(ddof=1)
+        distances[places] = (low[places] - centre) / deviation
+        pool.append((null[unit] - centre) / deviation)
+    known = ~np.isnan(distances)
+    if pool:
+        found[known] = p_above(distances[known], np.concatenate(pool))
     return found
