@@ -113,9 +113,9 @@ class LayerCall:
         if self.family.q != self.family.k and self.family.q not in (edits or {}):
             stubs[self.family.q] = _AtReads(self.layer.get_submodule(self.family.q), self.reads, spread=True)
         with _standing_in(self.layer, stubs):
-            path = self.family.o
-            seen = self.watch(residual, {}, path, stop=True, blocks=self.read_blocks, edits=edits)[path]
-        return self.at_reads(seen[0]), seen[1]
+            paths = self.family.o, self.family.attn
+            seen = self.watch(residual, {}, *paths, stop=True, blocks=self.read_blocks, edits=edits)
+        return self.at_reads(seen[self.family.o][0]), seen[self.family.attn][1]
 
     def mlp_behind(self, residual: Tensor, attention: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Input of the last module of the MLP, what it writes, and what leaves the layer, once attention has written.
