@@ -14,8 +14,10 @@ from conftest import build_pair
 from weightpatch import Anchor, ContrastPrompts, Effects, Estimation, ModelPair, localize, trace
 from weightpatch.component import Component
 from weightpatch.errors import AnchorError, ComponentError
+from weightpatch.executors import find_executors
 from weightpatch.flows import Flow, along_anchor, layer_calls, toward_specialized
 from weightpatch.graph import Graph
+from weightpatch.hierarchy import find_roles
 from weightpatch.nulls import draw_null, pooled
 from weightpatch.reading import inputs, reference
 from weightpatch.shuffling import shuffled
@@ -193,3 +195,14 @@ def test_where_no_candidate_lies_below_the_routers_the_round_says_so(wired_effec
     graph = trace(wired_pair(), wired_prompts(), wired_anchor(), wired_effects, settings=settings)
     assert [found.stopped for found in graph.rounds] == ["no candidate lies below these targets"]
     assert graph.overlaps == ()
+
+
+def test_where_steering_restores_nothing_no_component_is_an_executor(wired_effects: Effects) -> None:
+    pair, prompts, anchor = wired_pair(), wired_prompts(), wired_anchor()
+    executors = find_executors(pair, prompts, anchor, units="heads,neurons")
+    activation = localize(pair, prompts, anchor, units="heads,neurons", method="activation")
+    null = pooled([*draw_null(pair, prompts, anchor, wired_effects, seeds=(0, 1))], wired_effects.components)
+    useless = replace(executors, steered_kl=2 * executors.base_kl)
+    for found, expected in ((executors, ["L4.N2"]), (useless, [])):
+        hierarchy = find_roles(wired_effects, activation, null, executors=found, n_layers=5)
+        assert [str(one) for one in hierarchy.of_role("executor")] == expected

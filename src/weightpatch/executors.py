@@ -106,8 +106,9 @@ def find_executors(
 ) -> Executors:
     """Steer the base at the anchor, hold each later component at its unsteered output, and measure what is lost.
 
-    The output is compared along the specialized model's own greedy answers. Where the anchor's gates found steering
-    to need every token of the answer, it is held there too.
+    The output is compared along the specialized model's own greedy answers. The anchor is held where it is read; where
+    its gates found that steering needs every token of the answer, at these too. Where steering does not bring the
+    output nearer to the specialized model's (`restored` is not above 0), losses mean nothing.
 
     Args:
         pair: The two models; without a tokenizer only the token after the prompt is compared.
@@ -141,7 +142,7 @@ def find_executors(
     behaviour = anchor.report.behaviour if anchor.report else None
     if level is None:
         level = behaviour.level if behaviour else float(reference(pair, prompts, anchor)[1].mean())
-    is_along = behaviour is None or behaviour.span == "answer"
+    is_along = behaviour is not None and behaviour.span == "answer"
     held = [_held(anchor, ids, whole, is_along=is_along) for ids, whole in zip(asked, token_ids, strict=True)]
     generator = torch.Generator().manual_seed(seed)
     size = len(anchor.direction)

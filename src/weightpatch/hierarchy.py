@@ -74,8 +74,8 @@ def find_roles(
 
     Source: the interval of its recovery by weights lies above the null, and its weights explain at least half of what
     its activation restores. Router: that of its activation lies above the null, and its weights explain less. Executor:
-    past the anchor, and the interval of its loss lies above what random directions of steering give. Everything else
-    is none.
+    past the anchor, and the interval of its loss lies above what random directions of steering give; none where
+    steering restores nothing of the output. Everything else is none.
 
     Args:
         effects: By weight patching.
@@ -131,7 +131,8 @@ def find_roles(
     components, roles = effects.components, assigned.roles
     if executors:
         found = executors.table(seed=seed).rename(columns={"ci_low": "loss_low", "ci_high": "loss_high"})
-        own, p, q = executors_among(found["loss_low"].to_numpy(), executors.null_shares, level=level)
+        low = found["loss_low"].to_numpy() if executors.restored > 0 else np.full(len(found), np.nan)
+        own, p, q = executors_among(low, executors.null_shares, level=level)
         found = found.assign(role=own, p_loss=p, q_loss=q)
         table = pd.concat([table, found], ignore_index=True)
         components, roles = (*components, *executors.components), (*roles, *own)

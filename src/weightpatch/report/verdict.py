@@ -150,6 +150,12 @@ def _executors(table: pd.DataFrame, record: dict[str, Any]) -> str:
     about = record["executors"]
     if about is None:
         return "Nothing past the anchor was held, so there are no executors."
+    if about["restored"] <= 0:
+        return (
+            "Steering the base to the specialized readout does not bring its next tokens nearer to the specialized "
+            f"model's (KL, {about['n_prompts']} prompts: {_percent(about['restored'])} of the way), so no executors "
+            "can be told."
+        )
     own = _leading(table, "executor", "loss")
     text = (
         f"With the base steered to the specialized readout, its next tokens come {_percent(about['restored'])} of the "
