@@ -153,7 +153,8 @@ def test_the_command_line_runs_on_it(
     adapter = EXPERTS / "instruct"
     assert call("inspect", gguf, adapter)["pair"] is True
     settings = ["--prompts", "instructions:title", "--units", "mlps", "--n-queries", 8, "--layer", 25]
-    found = call("run", gguf, adapter, "--out", tmp_path / "run", *settings, "--max-new-tokens", 40)
+    call("run", gguf, adapter, "--out", tmp_path / "run", *settings, "--max-new-tokens", 40, "--until", "localize")
+    found = call("report", tmp_path / "run")
     assert Path(found["report"]).is_file()
     title = found["tasks"]["title"]
     assert len(title["effects"]) == 20
