@@ -57,6 +57,11 @@ SHAPES: dict[str, dict[str, object]] = {
 """A shape for each family, each way of sharing keys (mha, gqa, mqa), and each kind of mixture."""
 
 
+CORE = ("llama-gqa", "qwen3", "gemma2", "gpt2", "gpt-neox", "olmo2", "granite", "mixtral")
+EVERY_SHAPE = [shape if shape in CORE else pytest.param(shape, marks=pytest.mark.slow) for shape in SHAPES]
+"""For tests that take long on all shapes: those that differ most in the normal suite, the others in the slow one."""
+
+
 def build_model(shape: str, *, seed: int, dtype: torch.dtype = torch.float32, attention: str = "") -> PreTrainedModel:
     """A random model with weights large enough that every component matters, biases and norms included."""
     fields = dict(SHAPES[shape])

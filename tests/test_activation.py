@@ -10,7 +10,7 @@ from torch import Tensor
 
 import flow_oracle
 import hook_oracle
-from conftest import SHAPES, build_model, build_pair, some_of_every_unit
+from conftest import EVERY_SHAPE, build_model, build_pair, some_of_every_unit
 from flow_oracle import Case
 from weightpatch import Anchor, ContrastPrompts, ModelPair, localize
 from weightpatch.component import components
@@ -76,7 +76,7 @@ def by_oracle(case: Case, addresses: list[str], *, method: str = "activation", a
 # The oracle by itself.
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", EVERY_SHAPE)
 def test_in_the_oracle_parts_add_up_to_writes_and_writes_to_the_stream(shape: str) -> None:
     model, one = case_of(shape).base, case_of(shape).base_runs[1]
     for layer in range(3):
@@ -95,7 +95,7 @@ def sum_of(model: torch.nn.Module, one: flow_oracle.Run, parts: list[str]) -> Te
     return torch.stack([flow_oracle.contribution(model, one, part) for part in parts]).sum(dim=0)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", EVERY_SHAPE)
 def test_in_the_oracle_all_outputs_together_give_the_specialized_readout(shape: str) -> None:
     case = case_of(shape)
     together = ["{embed,L0,L1}"]
@@ -125,7 +125,7 @@ def test_in_the_oracle_weights_written_into_a_copy_act_like_hooks(shape: str) ->
     [(torch.float64, "all"), (torch.float64, "readouts"), (torch.float32, "all")],
     ids=["float64-all", "float64-readouts", "float32-all"],
 )
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", EVERY_SHAPE)
 def test_activation_patching_equals_hooks_on_whole_models_for_every_unit(
     shape: str, dtype: torch.dtype, at: str
 ) -> None:
@@ -141,7 +141,7 @@ def test_activation_patching_equals_hooks_on_whole_models_for_every_unit(
 
 
 @pytest.mark.parametrize("at", ["all", "readouts"])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", EVERY_SHAPE)
 def test_sets_are_clamped_together(shape: str, at: str) -> None:
     pair, case = pair_of(shape), case_of(shape)
     addresses = sets_of(pair)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import random
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import flow_oracle
 import hook_oracle
-from conftest import SHAPES, build_model, some_of_every_unit
+from conftest import CORE, EVERY_SHAPE, SHAPES, build_model, some_of_every_unit
 from flow_oracle import Case
 from weightpatch import Anchor, ContrastPrompts, ModelPair, localize
 from weightpatch.component import Component, components
@@ -55,8 +56,16 @@ def case_of(shape: str, dtype: torch.dtype = torch.float64, layer: int = ANCHOR.
     return Case(base=pair.base, specialized=pair.specialized, token_ids=TOKEN_IDS, **where)
 
 
-def names_of(cases: list[tuple[str, torch.dtype, str]]) -> list[str]:
-    return [f"{shape}-{str(dtype).removeprefix('torch.')}-{method}" for shape, dtype, method in cases]
+def named(cases: list[tuple[str, torch.dtype, str]]) -> list[Any]:
+    """Cases with a name; those of shapes beyond the core are slow."""
+    return [
+        pytest.param(
+            *case,
+            id=f"{case[0]}-{str(case[1]).removeprefix('torch.')}-{case[2]}",
+            marks=() if case[0] in CORE else pytest.mark.slow,
+        )
+        for case in cases
+    ]
 
 
 def mean_gap(case: Case) -> float:
@@ -155,7 +164,7 @@ def test_in_the_oracle_uniform_attention_is_supplied_through_its_values_alone() 
 
 
 @DTYPES
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", EVERY_SHAPE)
 def test_changes_of_all_contributions_add_up_to_the_effect(shape: str, dtype: torch.dtype) -> None:
     targets = every_target(shape, below=ANCHOR.layer)
     for method in ("exact", "activation", "necessity") if dtype == torch.float64 else ("exact",):
@@ -179,7 +188,7 @@ TOTAL_CASES = [
 ]
 
 
-@pytest.mark.parametrize(("shape", "dtype", "method"), TOTAL_CASES, ids=names_of(TOTAL_CASES))
+@pytest.mark.parametrize(("shape", "dtype", "method"), named(TOTAL_CASES))
 def test_total_effects_equal_those_of_hooks_on_whole_models(shape: str, dtype: torch.dtype, method: str) -> None:
     case, targets = case_of(shape, dtype), kinds_of_targets(shape)
     suppliers = [*suppliers_of(shape, method=method)[:6], *sets_of(shape)[:: 2 if method == "exact" else 1]]
@@ -277,7 +286,7 @@ def test_nothing_in_front_of_a_supplier_changes() -> None:
 
 
 @DTYPES
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", EVERY_SHAPE)
 def test_necessity_is_what_the_specialized_readout_loses(shape: str, dtype: torch.dtype) -> None:
     pair = pair_of(shape, dtype)
     units = ",".join(one_of_every_unit(shape, method="necessity"))
@@ -306,7 +315,7 @@ AIMS = {
 }
 
 
-@pytest.mark.parametrize(("shape", "dtype", "method"), EDGE_CASES, ids=names_of(EDGE_CASES))
+@pytest.mark.parametrize(("shape", "dtype", "method"), named(EDGE_CASES))
 def test_direct_edges_equal_those_of_hooks_on_whole_models(shape: str, dtype: torch.dtype, method: str) -> None:
     case, suppliers = case_of(shape, dtype, LATE.layer), suppliers_of(shape, method=method)[:5]
     gap = mean_gap(case)
@@ -349,7 +358,7 @@ def test_attention_beside_an_mlp_does_not_supply_it() -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", EVERY_SHAPE)
 def test_an_edge_to_the_next_sublayer_is_the_total_effect(shape: str, method: str) -> None:
     targets = ["L1.attn", "L1.H2"] if shape == PARALLEL else ["L0.mlp"]
     suppliers = "L0,L0.mlp" if shape == PARALLEL else "L0.attn,L0.H2,L0.H1.q,L0.KV0"
@@ -362,7 +371,7 @@ def test_an_edge_to_the_next_sublayer_is_the_total_effect(shape: str, method: st
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", EVERY_SHAPE)
 def test_an_edge_to_the_anchor_is_the_change_of_the_suppliers_own_module(shape: str, method: str) -> None:
     modules = {"L0.H1": "L0.attn", "L1.KV0": "L1.attn", "L0.attn": "L0.attn", "L1.mlp": "L1.mlp", "embed": "embed"}
     units = ",".join(modules)

@@ -149,6 +149,17 @@ def test_the_verdict_names_what_the_table_says_and_the_report_holds_it(done: Run
     assert "Routers lie deeper than sources" in render(done)
 
 
+def test_components_without_an_output_are_left_without_a_trace(pair: ModelPair, tmp_path: Path) -> None:
+    prompts = ContrastPrompts.load(f"instructions:{TASK}", n_queries=4)
+    config = RunConfig(base="tiny:base", specialized="tiny:specialized", units="norms", layer=6, gates="readout")
+    run = start(config, pair, prompts, tmp_path / "run")
+    list(fit_anchors(run, pair))
+    list(measure_effects(run, pair))
+    list(trace_run(run, pair, SETTINGS))
+    assert run.trace(TASK) is None
+    assert "Roles" not in render(run)
+
+
 def test_a_run_without_a_trace_has_no_verdict(run: Run) -> None:
     assert verdict(run, TASK) == ()
     assert claims(run, TASK) == ()

@@ -138,12 +138,18 @@ def find_executors(
         raise AnchorError(f"none of {units} lies at or past the anchor (layer {anchor.layer}): nothing can execute.")
     target = divergence or fit_divergence(pair, prompts, n_tokens=n_tokens if pair.tokenizer else 0)
     token_ids = inputs(pair, prompts, target)
-    asked = inputs(pair, prompts, replace(anchor, readout="projection"))
+    plain_anchor = replace(anchor, readout="projection")
+    asked = inputs(pair, prompts.without_responses(), plain_anchor)
     behaviour = anchor.report.behaviour if anchor.report else None
     if level is None:
-        level = behaviour.level if behaviour else float(reference(pair, prompts, anchor)[1].mean())
-    is_along = behaviour is not None and behaviour.span == "answer"
-    held = [_held(anchor, ids, whole, is_along=is_along) for ids, whole in zip(asked, token_ids, strict=True)]
+        level = behaviour.level if behaviour else float(reference(pair, prompts, plain_anchor)[1].mean())
+    own: tuple[int, ...]
+    if any(row.response for row in prompts):  # read along a response: held where this would begin, as the gates do
+        own, n_answer = (-1,), len(anchor.positions)
+    else:
+        along = behaviour is not None and behaviour.span == "answer"
+        own, n_answer = tuple(anchor.positions), max(map(len, token_ids)) if along else 0
+    held = [_held(own, n_answer, ids, whole) for ids, whole in zip(asked, token_ids, strict=True)]
     generator = torch.Generator().manual_seed(seed)
     size = len(anchor.direction)
     if n_random is None:
@@ -169,10 +175,10 @@ def find_executors(
     )
 
 
-def _held(anchor: Anchor, prompt: TokenIds, whole: TokenIds, *, is_along: bool) -> list[int]:
-    """Places of a prompt with its answer where the anchor is held."""
-    own = [place if place >= 0 else len(prompt) + place for place in anchor.positions]
-    return [*own, *range(len(prompt), len(whole))] if is_along else own
+def _held(positions: Sequence[int], n_answer: int, prompt: TokenIds, whole: TokenIds) -> list[int]:
+    """Places of a prompt with its answer where the anchor is held: in the prompt, and at the answer's first tokens."""
+    own = [place if place >= 0 else len(prompt) + place for place in positions]
+    return [*own, *range(len(prompt), min(len(whole), len(prompt) + n_answer))]
 
 
 def _steered(

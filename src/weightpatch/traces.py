@@ -99,6 +99,8 @@ def trace_run(run: Run, pair: ModelPair, settings: TraceStage, *, tasks: Sequenc
         prompts = run.prompts().of_task(task).split("localize")
         effects = run.effects(task)
         units = [one for one in effects.components if has_output(one)]
+        if not units:  # norms and the like have no activations to take
+            continue
         yield from measure(run, pair, task, method="activation", units=units, stage="trace")
         activation = read_measured(run, task, "activation", effects)
         draws: list[Draw] = []

@@ -19,8 +19,6 @@ from weightpatch.pair import ModelPair
 
 UNITS_OF_TARGETS = ("embed", "blocks", "attns", "mlps", "heads", "rests", "neurons")
 
-_TINY = 1e-20
-
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Deliveries:
@@ -124,7 +122,14 @@ class Deliveries:
         A norm behind a sublayer divides by the root mean square of the whole write, so a vector that is the same in
         all features and has that root mean square meets the same factors.
         """
-        size = write.square().mean(dim=-1, keepdim=True).sqrt().clamp(min=_TINY).expand_as(write).contiguous()
+        size = (
+            write.square()
+            .mean(dim=-1, keepdim=True)
+            .sqrt()
+            .clamp(min=torch.finfo(write.dtype).tiny)
+            .expand_as(write)
+            .contiguous()
+        )
         added = call.alone(size, weights, attention=size if is_attention else None, mlp=None if is_attention else size)
         return added / size
 
