@@ -14,7 +14,7 @@ from conftest import build_pair
 from weightpatch import Anchor, ContrastPrompts, Effects, Estimation, ModelPair, localize, trace
 from weightpatch.component import Component
 from weightpatch.errors import AnchorError, ComponentError
-from weightpatch.executors import find_executors
+from weightpatch.executors import Executors, find_executors
 from weightpatch.flows import Flow, along_anchor, layer_calls, toward_specialized
 from weightpatch.graph import Graph
 from weightpatch.hierarchy import find_roles
@@ -206,3 +206,38 @@ def test_where_steering_restores_nothing_no_component_is_an_executor(wired_effec
     for found, expected in ((executors, ["L4.N2"]), (useless, [])):
         hierarchy = find_roles(wired_effects, activation, null, executors=found, n_layers=5)
         assert [str(one) for one in hierarchy.of_role("executor")] == expected
+
+
+def test_an_anchor_turned_round_gives_the_same_trace(wired_effects: Effects) -> None:
+    pair, prompts, anchor = wired_pair(), wired_prompts(), wired_anchor()
+    turned = replace(anchor, direction=-anchor.direction)
+    effects = localize(pair, prompts, turned, units="heads,neurons")
+    settings = TraceSettings(n_rounds=1, candidates="heads,neurons", n_exact=4)
+    graphs = [
+        trace(pair, prompts, one, found, settings=settings)
+        for one, found in ((anchor, wired_effects), (turned, effects))
+    ]
+    assert graphs[0].rounds[0].suppliers == graphs[1].rounds[0].suppliers == ("L0.N5",)
+    assert [one.n_common for one in graphs[0].overlaps] == [one.n_common for one in graphs[1].overlaps]
+
+
+def test_divergences_that_vary_much_do_not_end_a_trace() -> None:
+    lost = torch.tensor([[0.05, 0.2, 1.0], [0.0, 0.0, 0.0]], dtype=torch.float64)
+    executors = Executors(
+        components=(Component.parse("L4.N2"), Component.parse("L4.N3")),
+        lost=lost,
+        null=torch.zeros(2, 2, 3, dtype=torch.float64),
+        base_kl=torch.tensor([0.1, 0.5, 2.0], dtype=torch.float64),
+        steered_kl=torch.zeros(3, dtype=torch.float64),
+        level=1.0,
+        queries=("a", "b", "c"),
+    )
+    assert executors.table()["loss"].tolist() == pytest.approx([1.25 / 2.6, 0.0])
+
+
+@pytest.mark.parametrize("shape", ["llama-gqa", "gemma2", "gpt2", "gpt-neox"])
+def test_in_bfloat16_the_stream_still_counts_as_a_sum(shape: str, token_prompts: ContrastPrompts) -> None:
+    pair = build_pair(shape, dtype=torch.bfloat16)
+    found = localize(pair, token_prompts, anchor_at(3), units="L0.H1,L1.mlp", targets="all")
+    gap = float(found.gap.abs().mean())
+    torch.testing.assert_close(found.per_target.sum(dim=1), found.per_prompt, rtol=0, atol=0.1 * gap)

@@ -78,7 +78,8 @@ class Executors:
         """
         import pandas as pd
 
-        share = recovery(self.lost.numpy(), self.base_kl.numpy(), groups=self.queries, seed=seed)
+        gaps = self.base_kl.numpy()
+        share = recovery(self.lost.numpy(), gaps, groups=self.queries, seed=seed, is_positive=True)
         return pd.DataFrame(
             {
                 "component": [str(one) for one in self.components],

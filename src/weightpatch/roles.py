@@ -234,7 +234,7 @@ def _by_unit(low: Floats, units: Sequence[str], null: Mapping[str, Floats]) -> F
             continue
         if unit not in null:
             raise ValueError(f"no null for {unit}; the null has {', '.join(null) or 'nothing'}: draw it for {unit} too")
-        if len(null[unit]) < 2 or null[unit].std() == 0:  # no scale to be measured by
+        if len(null[unit]) < LEAST_FOR_BOUND or null[unit].std() == 0:  # no scale that could be trusted
             found[places] = p_above(low[places], null[unit])
             continue
         centre, deviation = null[unit].mean(), null[unit].std(ddof=1)

@@ -368,8 +368,15 @@ def write_whole(file: Path, text: str) -> None:
     partial.replace(file)
 
 
-def settle(run: Run, task: str, stage: str, settings: dict[str, Any]) -> bool:
+def settle(run: Run, task: str, stage: str, settings: dict[str, Any], *, results: Sequence[str] = ()) -> bool:
     """Note settings and anchor of a stage before it begins, in `<stage>.settings.json`; tell whether it is done.
+
+    Args:
+        run: The run.
+        task: The task.
+        stage: The stage, whose results are `<stage>.jsonl` and `<stage>.json`.
+        settings: What it does.
+        results: Names of other files that it writes.
 
     Raises:
         RunError: it was begun with other settings.
@@ -377,8 +384,9 @@ def settle(run: Run, task: str, stage: str, settings: dict[str, Any]) -> bool:
     anchor = (run.folder(task) / "anchor.safetensors").read_bytes()
     wanted = json.loads(json.dumps(settings)) | {"anchor": hashlib.sha256(anchor).hexdigest()[:12]}
     file = run.folder(task) / f"{stage}.settings.json"
-    results = (run.folder(task) / f"{stage}.jsonl", run.folder(task) / f"{stage}.json")
-    if file.is_file() and any(result.is_file() and result.stat().st_size for result in results):
+    names = (f"{stage}.jsonl", f"{stage}.json", *results)
+    found = [run.folder(task) / name for name in names]
+    if file.is_file() and any(result.is_file() and result.stat().st_size for result in found):
         then = json.loads(file.read_text(encoding="utf-8"))
         changes = [
             f"{name}: {then.get(name)!r} then, {wanted.get(name)!r} now"
@@ -388,7 +396,7 @@ def settle(run: Run, task: str, stage: str, settings: dict[str, Any]) -> bool:
         if changes:
             raise RunError(
                 f"{run.folder(task)} holds a {stage} with other settings ({'; '.join(changes)}). Repeat them, or "
-                f"delete its files {stage}.*"
+                f"delete its files {', '.join((f'{stage}.*', *results))}"
             )
     write_whole(file, json.dumps(wanted) + "\n")
     return (run.folder(task) / f"{stage}.json").is_file()

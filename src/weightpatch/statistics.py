@@ -92,7 +92,9 @@ def check_gap(gap: Floats, *, groups: Sequence[str] | None = None) -> Interval:
     return interval
 
 
-def recovery(effects: Floats, gap: Floats, *, groups: Sequence[str] | None = None, seed: int = 0) -> Recovery:
+def recovery(
+    effects: Floats, gap: Floats, *, groups: Sequence[str] | None = None, seed: int = 0, is_positive: bool = False
+) -> Recovery:
     """Fraction of the base-to-specialized gap that each patch closes.
 
     Args:
@@ -100,6 +102,7 @@ def recovery(effects: Floats, gap: Floats, *, groups: Sequence[str] | None = Non
         gap: Specialized minus base readout, shape `(prompt,)`, same unit.
         groups: What each prompt shares with others (its base query); groups are resampled as a whole.
         seed: Of the bootstrap; every component sees the same resamples.
+        is_positive: Whether the gap cannot be negative, like a divergence, so that its interval need not leave out 0.
 
     Returns:
         Ratios of means with intervals, and means of ratios.
@@ -112,7 +115,7 @@ def recovery(effects: Floats, gap: Floats, *, groups: Sequence[str] | None = Non
         Intervals: expanded percentile bootstrap (Hesterberg 2015, doi:10.1080/00031305.2015.1089789), wider for few
         prompts.
     """
-    mean_gap = check_gap(gap, groups=groups).estimate
+    mean_gap = float(gap.mean()) if is_positive else check_gap(gap, groups=groups).estimate
     ratio = effects.mean(axis=1) / mean_gap
     real = gap / mean_gap >= REAL_GAP
     mean_of_ratios = (effects[:, real] / gap[real]).mean(axis=1)

@@ -20,7 +20,7 @@ from weightpatch.packed.calls import LayerCall
 from weightpatch.pair import ModelPair
 from weightpatch.paths import direct_effects
 from weightpatch.prompts import ContrastPrompts
-from weightpatch.reading import Target, inputs
+from weightpatch.reading import Target, inputs, reference
 from weightpatch.stability import Overlap, overlaps
 from weightpatch.statistics import finite, recovery
 
@@ -73,6 +73,7 @@ class Tracer:
         batch_tokens: Most tokens of one call.
         calls: Layers on each prompt alone, by number, as far as they were needed.
         by_flow: Estimates of the first round, by address.
+        sign: Of the gap of what is read: -1 where the specialized model reads lower.
     """
 
     pair: ModelPair
@@ -83,6 +84,7 @@ class Tracer:
     batch_tokens: int | None
     calls: dict[int, tuple[LayerCall, ...]] = field(default_factory=dict)
     by_flow: dict[str, float] = field(default_factory=dict)
+    sign: int = 1
 
     @property
     def queries(self) -> tuple[str, ...]:
@@ -144,6 +146,11 @@ class Tracer:
         if not candidates:
             stop = "no candidate lies below these targets"
             return Step(round=_round(names, (), None, (0, 0), stop))
+        if is_first:
+            base, specialized = reference(self.pair, self.prompts, self.anchor)
+            self.sign = -1 if float((specialized - base).mean()) < 0 else 1
+        else:
+            self.sign = 1  # toward the specialized model's write
         estimates = self.estimates(flows, candidates)
         if is_first:
             self.by_flow = estimates
@@ -200,7 +207,7 @@ class Tracer:
             reaching = [one for one in candidates if reaches(one, flow)]
             if not reaching:
                 continue
-            effects = self.effects(reaching, flow, method="first-order").mean(dim=1)
+            effects = self.sign * self.effects(reaching, flow, method="first-order").mean(dim=1)
             for one, effect in zip(reaching, effects.tolist(), strict=True):
                 found[str(one)] += effect
         return found
@@ -281,10 +288,12 @@ class Tracer:
     ) -> tuple[tuple[Overlap, ...], tuple[Overlap, ...]]:
         """Rankings of suppliers, of the routers and of others, against the ranking by effects of weights."""
         flows = self.flows(routers, is_first=True)
+        base, specialized = reference(self.pair, self.prompts, self.anchor)
+        self.sign = -1 if float((specialized - base).mean()) < 0 else 1
         universe = [one for one in self.candidates(flows, (*routers, *others)) if str(one) in self.by_flow]
         if not universe:
             return (), ()
-        values = self.effects(universe, self.anchor, method="first-order").mean(dim=1).tolist()
+        values = (self.sign * self.effects(universe, self.anchor, method="first-order").mean(dim=1)).tolist()
         by_weights = _ranked(dict(zip(map(str, universe), values, strict=True)))
         of_routers = _ranked({str(one): self.by_flow[str(one)] for one in universe})
         if not others:

@@ -94,7 +94,10 @@ def trace_run(run: Run, pair: ModelPair, settings: TraceStage, *, tasks: Sequenc
             raise RunError(f"{run.n_missing(task)} effects of {task!r} are missing: weightpatch localize {run.path}")
         folder = run.folder(task)
         digest = hashlib.sha256((folder / "effects.jsonl").read_bytes()).hexdigest()[:12]
-        if settle(run, task, "trace", {**asdict(settings), "effects": digest}):
+        if run.config.method not in ("exact", "first-order"):
+            raise RunError(f"{run.path} holds effects by {run.config.method}; roles need those of weights.")
+        own_files = ("activation.jsonl", "null.jsonl", "executors.json")
+        if settle(run, task, "trace", {**asdict(settings), "effects": digest}, results=own_files):
             continue
         prompts = run.prompts().of_task(task).split("localize")
         effects = run.effects(task)
@@ -244,7 +247,7 @@ class _Task:
 def _draws(task: _Task, n_shuffles: int) -> Iterator[Draw]:
     """The null, those of its shuffles that are known already from the file."""
     file = task.run.folder(task.name) / "null.jsonl"
-    known = _read_draws(file)
+    known = _read_draws(file)[:n_shuffles]
     yield from known
     seeds = [task.run.config.seed + number for number in range(len(known), n_shuffles)]
     with file.open("a", encoding="utf-8") as out:
