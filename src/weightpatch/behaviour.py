@@ -8,7 +8,6 @@ from typing import TypeVar, get_args
 
 import numpy as np
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from weightpatch.anchor import Arm, Behaviour, Gate, Span
@@ -17,7 +16,7 @@ from weightpatch.generation import generate
 from weightpatch.pair import ModelPair
 from weightpatch.prompts import ContrastPrompt, ContrastPrompts
 from weightpatch.statistics import Floats, Interval, mean_interval
-from weightpatch.steering import Hold, from_the_end, holding
+from weightpatch.steering import Hold, from_the_end, holding, random_direction
 from weightpatch.streaming import materialized
 from weightpatch.streams import Estimator, Indices, Streams
 from weightpatch.suites import Check
@@ -229,7 +228,7 @@ def measure_behaviour(
     """
     pair, places = bench.pair, [int(place) for place in held_out]
     generator = torch.Generator().manual_seed(bench.answering.seed)
-    randoms = [replace(hold, along=_unit(torch.randn(len(hold.direction), generator=generator))) for _ in places]
+    randoms = [replace(hold, along=random_direction(len(hold.direction), generator)) for _ in places]
     ways: dict[str, Sequence[Hold | None]] = {
         "base": [None] * len(places),
         "steered": [hold] * len(places),
@@ -288,11 +287,6 @@ def _by_way(
     found = bench.judge(model, jobs)
     passed, repetitive = (values.reshape(len(ways), len(places)) for values in (found.passed, found.repetitive))
     return {name: Verdicts(passed=passed[row], repetitive=repetitive[row]) for row, name in enumerate(ways)}
-
-
-def _unit(vector: Tensor) -> Tensor:
-    unit: Tensor = vector.to(torch.float64) / vector.to(torch.float64).norm()
-    return unit
 
 
 def _check(row: ContrastPrompt) -> Check:

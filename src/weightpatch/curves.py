@@ -15,6 +15,7 @@ import pandas as pd
 from weightpatch.behaviour import MAX_NEW_TOKENS, Answering, can_judge
 from weightpatch.component import Component, encloses
 from weightpatch.errors import RunError
+from weightpatch.jsonable import known
 from weightpatch.pair import ModelPair
 from weightpatch.patch import Recipient
 from weightpatch.prompts import ContrastPrompts
@@ -22,7 +23,7 @@ from weightpatch.recording import read_effects
 from weightpatch.robustness import robustness
 from weightpatch.run import Progress, Run, write_whole
 from weightpatch.stability import areas
-from weightpatch.statistics import Interval, finite
+from weightpatch.statistics import orientation
 from weightpatch.validation import (
     SHARES,
     JointPatch,
@@ -209,7 +210,7 @@ def _orders(
         found["largest differences"] = by_difference(pair, ranked)
     if "activation" in settings.controls and (lines := read_effects(run.folder(task) / "activation.jsonl")):
         readouts = run.reference(task)
-        sign = 1 if sum(readouts["specialized"]) >= sum(readouts["base"]) else -1
+        sign = orientation(np.subtract(readouts["specialized"], readouts["base"]))
         found["activation"] = by_effects(ranked, lines, sign=sign, seed=run.config.seed)
     if "bottom" in settings.controls:
         found["bottom"] = ranked[::-1]
@@ -278,16 +279,11 @@ def _line(point: _Point, measured: JointPatch) -> dict[str, Any]:
         "arm": point.arm,
         "k": len(point.patch),
         "share": len(point.patch) / point.n_pool,
-        "recovery": _interval(measured.recovery),
-        "kl": _interval(measured.kl),
+        "recovery": known(asdict(measured.recovery)),
+        "kl": known(asdict(measured.kl)),
         "kl_recovery": measured.kl_recovery,
-        "passed": _interval(measured.passed) if measured.passed else None,
+        "passed": known(asdict(measured.passed)) if measured.passed else None,
         "n_passed": measured.n_passed,
         "n_prompts": measured.n_prompts,
         "patch": list(measured.patch),
     }
-
-
-def _interval(found: Interval) -> dict[str, float | None]:
-    """JSON knows no NaN: null stands for an unknown bound."""
-    return {name: finite(value) for name, value in asdict(found).items()}

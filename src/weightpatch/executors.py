@@ -21,12 +21,13 @@ from weightpatch.engine.activations import Activations
 from weightpatch.errors import AnchorError, NoGapError
 from weightpatch.outputs import N_TOKENS, Divergence, fit_divergence
 from weightpatch.packed.calls import record
-from weightpatch.packed.packing import MOST_TOKENS, Packing, side_by_side
+from weightpatch.packed.packing import MOST_TOKENS, side_by_side
 from weightpatch.pair import ModelPair
 from weightpatch.prompts import ContrastPrompts, TokenIds
 from weightpatch.reading import inputs, reference
 from weightpatch.residuals import evaluating, pad, tokens_per_call
 from weightpatch.statistics import Floats, recovery
+from weightpatch.steering import random_direction
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -155,11 +156,18 @@ def find_executors(
     size = len(anchor.direction)
     if n_random is None:
         n_random = max(2, -(-LEAST_NULL // len(past)))
-    ways = [anchor.direction, *(_unit(torch.randn(size, generator=generator)) for _ in range(n_random))]
+    ways = [anchor.direction, *(random_direction(size, generator) for _ in range(n_random))]
     width = batch_tokens or tokens_per_call(pair.base)
-    lost, steered, plain = [], [], torch.zeros(0)
+    with evaluating(pair.base):
+        unsteered = _unsteered(pair, token_ids, target, anchor.layer, batch_tokens=width)
+    plain = -suffix.gather([run.base for run in unsteered], unsteered)
+    lost, steered = [], []
     for way in ways:
-        runs, plain = _steered(pair, token_ids, target, anchor, held, level=level, along=way, batch_tokens=width)
+        with evaluating(pair.base):
+            runs = [
+                replace(run, residual=_hold(run, held, unit=anchor.direction, level=level, along=way))
+                for run in unsteered
+            ]
         steered.append(-suffix.gather([run.base for run in runs], runs))
         found = suffix.measure_all(pair, runs, past, batch_tokens=width, skip=frozenset())
         lost.append(torch.stack([measured.base - measured.readout for measured in found]))
@@ -182,61 +190,40 @@ def _held(positions: Sequence[int], n_answer: int, prompt: TokenIds, whole: Toke
     return [*own, *range(len(prompt), min(len(whole), len(prompt) + n_answer))]
 
 
-def _steered(
-    pair: ModelPair,
-    token_ids: Sequence[TokenIds],
-    target: Divergence,
-    anchor: Anchor,
-    held: Sequence[Sequence[int]],
-    *,
-    level: float,
-    along: Tensor,
-    batch_tokens: int,
-) -> tuple[list[suffix.Run], Tensor]:
-    """Runs of the steered base that begin at the anchor and take outputs from the unsteered one; and KL of that."""
+def _unsteered(
+    pair: ModelPair, token_ids: Sequence[TokenIds], target: Divergence, layer: int, *, batch_tokens: int
+) -> list[suffix.Run]:
+    """Runs of the base that begin at the anchor's layer and take outputs from the base itself, as it is there."""
     reader = target.reader(token_ids)
     same = pair.with_models(pair.base, pair.base)
-    runs: list[suffix.Run] = []
-    plain: list[suffix.Run] = []
-    with evaluating(pair.base):
-        for packing in side_by_side(token_ids, most_tokens=min(batch_tokens, MOST_TOKENS)):
-            tokens = pad([token_ids[prompt] for prompt in packing.prompts], embedding_weight(pair.base).device)
-            places = packing.paths_at([reader.places[prompt] for prompt in packing.prompts])
-            reads = sorted({place for row in places for place in row})
-            index = tuple(torch.tensor([reads.index(one) for one in row]) for row in places)
-            calls, residual = record(pair.base, tokens, packing, reader.layer, torch.tensor(reads))
-            for call in calls[: anchor.layer]:
-                residual = call(residual)
-            steered = _hold(residual, packing, held, unit=anchor.direction, level=level, along=along)
-            for rows, found in ((residual, plain), (steered, runs)):
-                run = suffix.Run(
-                    pair=same,
-                    reader=reader,
-                    packing=packing,
-                    calls=calls,
-                    donor=Activations(same, calls, residual, start=anchor.layer),
-                    reads=torch.tensor(reads),
-                    index=index,
-                    residual=rows,
-                    layer=anchor.layer,
-                )
-                found.append(run)
-    return runs, -suffix.gather([run.base for run in plain], plain)
+    runs = []
+    for packing in side_by_side(token_ids, most_tokens=min(batch_tokens, MOST_TOKENS)):
+        tokens = pad([token_ids[prompt] for prompt in packing.prompts], embedding_weight(pair.base).device)
+        reads, index = suffix.reads_of(packing, reader)
+        calls, residual = record(pair.base, tokens, packing, reader.layer, reads)
+        for call in calls[:layer]:
+            residual = call(residual)
+        run = suffix.Run(
+            pair=same,
+            reader=reader,
+            packing=packing,
+            calls=calls,
+            donor=Activations(same, calls, residual, start=layer),
+            reads=reads,
+            index=index,
+            residual=residual,
+            layer=layer,
+        )
+        runs.append(run)
+    return runs
 
 
-def _hold(
-    residual: Tensor, packing: Packing, held: Sequence[Sequence[int]], *, unit: Tensor, level: float, along: Tensor
-) -> Tensor:
-    """The packed row with the readout held at a level at some places, by adding along a direction."""
-    rows = residual.clone()
+def _hold(run: suffix.Run, held: Sequence[Sequence[int]], *, unit: Tensor, level: float, along: Tensor) -> Tensor:
+    """A run's residual stream with the readout held at a level at some places, by adding along a direction."""
+    rows = run.residual.clone()
     unit, way = (vector.to(rows.dtype).to(rows.device) for vector in (unit, along))
-    for prompt, path in zip(packing.prompts, packing.paths, strict=True):
+    for prompt, path in zip(run.packing.prompts, run.packing.paths, strict=True):
         places = [path[place] for place in held[prompt]]
         found = rows[0, places]
         rows[0, places] = found + (level - found @ unit)[:, None] * way
     return rows
-
-
-def _unit(vector: Tensor) -> Tensor:
-    unit: Tensor = vector.to(torch.float64) / vector.to(torch.float64).norm()
-    return unit

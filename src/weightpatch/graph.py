@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from weightpatch.paths import ANCHOR
 from weightpatch.roles import Role
 from weightpatch.stability import Overlap
 
@@ -15,7 +16,7 @@ Kind = Literal["supplies", "relays", "delivers", "executes"]
 """What an edge says: a supplier's weights change what its target writes; a router changes what another one writes; a
 component's own write reaches the anchor; a component past the anchor turns it into output."""
 
-ANCHOR, OUTPUT = "anchor", "output"
+OUTPUT = "output"
 
 
 @dataclass(frozen=True, kw_only=True)

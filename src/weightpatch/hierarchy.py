@@ -105,7 +105,7 @@ def find_roles(
         acted,
         units=[one.unit for one in effects.components],
         weights_null=null.weights,
-        activation_null={unit: null.activation[unit] for unit in null.activation},
+        activation_null=null.activation,
         level=level,
         share=share,
     )

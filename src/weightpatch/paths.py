@@ -113,6 +113,48 @@ def direct_effects(
         patched by weights, and the target's write along the anchor as what is read, are ours, after the
         supplier-target tracing of Sun et al. 2026 (arXiv:2604.13694).
     """
+    upstream, per_prompt = direct_changes(
+        pair,
+        prompts,
+        anchor,
+        suppliers=suppliers,
+        target=target,
+        receives=receives,
+        method=method,
+        batch_tokens=batch_tokens,
+    )
+    base, specialized = reference(pair, prompts, anchor)
+    own = gap = specialized - base
+    if str(target) != ANCHOR:
+        delivered = deliver(pair, prompts, anchor, [Component.parse(str(target))], batch_tokens=batch_tokens)
+        own = delivered[1, 0] - delivered[0, 0]
+    return Edges(
+        suppliers=upstream,
+        target=str(target),
+        receives=receives,
+        per_prompt=per_prompt,
+        gap=gap,
+        target_gap=own,
+        queries=tuple(row.query for row in prompts),
+    )
+
+
+def direct_changes(
+    pair: ModelPair,
+    prompts: ContrastPrompts,
+    anchor: Anchor,
+    *,
+    suppliers: str | Sequence[str | Component],
+    target: str | Component,
+    receives: Receives = "all",
+    method: Literal["exact", "activation"] = "exact",
+    batch_tokens: int | None = None,
+) -> tuple[tuple[Component, ...], Tensor]:
+    """What `direct_effects` measures, for who knows the gaps already. Arguments and errors as there.
+
+    Returns:
+        The suppliers that lie upstream, and what the target then writes more, `(supplier, prompt)`, float64.
+    """
     if method not in ("exact", "activation"):
         raise ComponentError(f"edges are measured by exact or activation, not by {method!r}: choose one of these.")
     check_target(pair, prompts, anchor)
@@ -143,15 +185,4 @@ def direct_effects(
         source="activations" if method == "activation" else "weights",
         batch_tokens=batch_tokens or tokens_per_call(pair.base),
     )
-    per_prompt = contrasted(torch.stack([change for _, change in found]), anchor)
-    base, specialized = reference(pair, prompts, anchor)
-    own = deliver(pair, prompts, anchor, (ending,), batch_tokens=batch_tokens) if ending else None
-    return Edges(
-        suppliers=tuple(upstream),
-        target=str(ending) if ending else ANCHOR,
-        receives=receives,
-        per_prompt=per_prompt,
-        gap=specialized - base,
-        target_gap=specialized - base if own is None else own[1, 0] - own[0, 0],
-        queries=tuple(row.query for row in prompts),
-    )
+    return tuple(upstream), contrasted(torch.stack([change for _, change in found]), anchor)

@@ -21,14 +21,8 @@ def read_effects(file: Path, *, repair: bool = False) -> dict[str, list[float]]:
     Raises:
         RunError: a whole line that is no record.
     """
-    if not file.is_file():
-        return {}
-    data = file.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    if repair and len(whole) < len(data):
-        os.truncate(file, len(whole))
     found: dict[str, list[float]] = {}
-    for number, line in enumerate(whole.splitlines(), 1):
+    for number, line in enumerate(whole_lines(file, repair=repair), 1):
         try:
             record = json.loads(line)
             found[record["component"]] = record["effects"]
@@ -37,6 +31,17 @@ def read_effects(file: Path, *, repair: bool = False) -> dict[str, list[float]]:
                 f"line {number} of {file} is no record ({error}). Delete the file to measure it again."
             ) from error
     return found
+
+
+def whole_lines(file: Path, *, repair: bool = False) -> list[bytes]:
+    """The lines of a file that were written to their end, none without a file. Arguments as in `read_effects`."""
+    if not file.is_file():
+        return []
+    data = file.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    if repair and len(whole) < len(data):
+        os.truncate(file, len(whole))
+    return whole.splitlines()
 
 
 def append_effects(file: Path, found: Iterable[ComponentEffect], known: set[str]) -> Iterator[ComponentEffect]:
@@ -63,7 +68,5 @@ def append_effects(file: Path, found: Iterable[ComponentEffect], known: set[str]
 
 def read_delivered(file: Path) -> dict[str, list[float]]:
     """What targets write more, mean over prompts, by address of what was patched; only lines that have it."""
-    if not file.is_file():
-        return {}
-    records = (json.loads(line) for line in file.read_text(encoding="utf-8").splitlines())
+    records = (json.loads(line) for line in whole_lines(file))
     return {record["component"]: record["delivered"] for record in records if "delivered" in record}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -13,13 +13,14 @@ from weightpatch.effects import Effects
 from weightpatch.errors import AnchorError
 from weightpatch.estimation import Estimation
 from weightpatch.fitting import fit_anchor
+from weightpatch.jsonable import finite, known
 from weightpatch.localization import localize
 from weightpatch.pair import ModelPair
 from weightpatch.prompts import BUILT_IN, ContrastPrompts
 from weightpatch.responses import with_responses
 from weightpatch.run import Run
 from weightpatch.stability import Stability, across, between, split_halves
-from weightpatch.statistics import Floats, finite
+from weightpatch.statistics import Floats, orientation
 
 LEAST_PROMPTS = 2
 """Prompts that a paraphrase needs to be compared with others."""
@@ -66,8 +67,7 @@ def robustness(run: Run, pair: ModelPair, task: str) -> dict[str, Any]:
 
 def _oriented(effects: Effects) -> Floats:
     """Effects in the gap's direction, shape `(component, prompt)`."""
-    sign = 1 if float(effects.gap.mean()) >= 0 else -1
-    values: Floats = sign * effects.per_prompt.numpy()
+    values: Floats = orientation(effects.gap.numpy()) * effects.per_prompt.numpy()
     return values
 
 
@@ -117,11 +117,5 @@ def _other_queries(run: Run, pair: ModelPair, task: str, effects: Effects) -> di
 
 
 def _record(found: Stability) -> dict[str, Any]:
-    """JSON knows neither NaN nor keys that are numbers."""
-    return {
-        "n": found.n,
-        "spearman": finite(found.spearman),
-        "spearman_low": finite(found.spearman_low),
-        "spearman_high": finite(found.spearman_high),
-        "jaccard": {str(k): finite(value) for k, value in found.jaccard.items()},
-    }
+    record: dict[str, Any] = known(asdict(found))
+    return record

@@ -9,11 +9,11 @@ from typing import Any, Literal
 
 import torch
 
-from weightpatch.agreement import Agreement
 from weightpatch.anchor import Anchor
 from weightpatch.component import Component
 from weightpatch.errors import NoGapError
 from weightpatch.estimation import Estimation, estimate_tokens
+from weightpatch.jsonable import known
 from weightpatch.localization import localize, sweep
 from weightpatch.outputs import fit_divergence, fit_margin
 from weightpatch.pair import ModelPair
@@ -155,28 +155,17 @@ def _verdict(screened: Screened) -> dict[str, Any]:
         "n": len(screened.choice.members),
         "n_top": len(screened.choice.top),
         "n_random": len(screened.choice.random),
-        "top": _figures(screened.on_top),
-        "random": _figures(screened.on_random),
+        "top": known(asdict(screened.on_top)),
+        "random": known(asdict(screened.on_random)),
         "is_poor": screened.is_poor,
         "is_beyond": screened.is_beyond,
         "moved": screened.moved,
-        "poor_layers": [_known(asdict(one)) for one in screened.poor_layers],
+        "poor_layers": [known(asdict(one)) for one in screened.poor_layers],
         "threshold": screened.threshold,
         "missed_at_most": screened.missed_at_most,
         "confidence": screened.confidence,
         "verdict": str(screened),
     }
-
-
-def _figures(found: Agreement) -> dict[str, Any]:
-    """JSON knows neither NaN nor infinity: null stands for both."""
-    return {name: _known(value) for name, value in asdict(found).items()}
-
-
-def _known(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(name): _known(one) for name, one in value.items()}
-    return None if isinstance(value, float) and not abs(value) < float("inf") else value
 
 
 def _tokens(

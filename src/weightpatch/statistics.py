@@ -144,9 +144,9 @@ def pass_rate(n_passed: int, n: int) -> Interval:
     return Interval(estimate=share, low=max(0.0, centre - half), high=min(1.0, centre + half))
 
 
-def finite(value: float) -> float | None:
-    """A number as JSON takes it: None stands for what is unknown (NaN) or unbounded."""
-    return float(value) if np.isfinite(value) else None
+def orientation(gap: Floats) -> int:
+    """1, or -1 where the specialized model reads lower: what turns effects into the gap's direction."""
+    return 1 if float(gap.mean()) >= 0 else -1
 
 
 def area_under_curve(positive: Floats, negative: Floats) -> float:

@@ -140,3 +140,10 @@ def _hold(residual: Tensor, chosen: Sequence[tuple[int, Hold]], *, is_answer: bo
     found = held[rows, positions]
     held[rows, positions] = found + (levels - (found * directions).sum(dim=-1))[:, None] * along
     return held
+
+
+def random_direction(n_features: int, generator: torch.Generator) -> Tensor:
+    """A unit vector in no particular direction, `(feature,)`, float64: where a control is pushed."""
+    vector = torch.randn(n_features, generator=generator).to(torch.float64)
+    unit: Tensor = vector / vector.norm()
+    return unit

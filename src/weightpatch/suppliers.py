@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -14,17 +15,16 @@ from weightpatch.anchor import Anchor
 from weightpatch.component import Component, components
 from weightpatch.errors import ComponentError, NoGapError
 from weightpatch.flows import Flow, along_anchor, layer_calls, toward_specialized
-from weightpatch.graph import ANCHOR, Edge, Round, Share
+from weightpatch.graph import Edge, Round, Share
+from weightpatch.jsonable import finite
 from weightpatch.localization import deliver, reaches, sweep
 from weightpatch.packed.calls import LayerCall
 from weightpatch.pair import ModelPair
-from weightpatch.paths import direct_effects
+from weightpatch.paths import ANCHOR, direct_changes
 from weightpatch.prompts import ContrastPrompts
 from weightpatch.reading import Target, inputs, reference
 from weightpatch.stability import Overlap, overlaps
-from weightpatch.statistics import finite, recovery
-
-_CAN_BE_TARGETS = ("heads", "attns", "mlps", "neurons")
+from weightpatch.statistics import orientation, recovery
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,9 +53,10 @@ class TraceSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One step backwards: what goes into the graph, and the suppliers found."""
+    """One step backwards: what goes into the graph, the suppliers found, and all estimates."""
 
     round: Round
+    estimates: Mapping[Component, float] = field(default_factory=dict)
     suppliers: tuple[Component, ...] = ()
     edges: tuple[Edge, ...] = ()
 
@@ -72,8 +73,7 @@ class Tracer:
         seed: Of bootstraps.
         batch_tokens: Most tokens of one call.
         calls: Layers on each prompt alone, by number, as far as they were needed.
-        by_flow: Estimates of the first round, by address.
-        sign: Of the gap of what is read: -1 where the specialized model reads lower.
+        known_gaps: What targets write more along the anchor in the specialized model, as far as it was read.
     """
 
     pair: ModelPair
@@ -83,32 +83,29 @@ class Tracer:
     seed: int
     batch_tokens: int | None
     calls: dict[int, tuple[LayerCall, ...]] = field(default_factory=dict)
-    by_flow: dict[str, float] = field(default_factory=dict)
-    sign: int = 1
+    known_gaps: dict[Component, Tensor] = field(default_factory=dict)
 
     @property
     def queries(self) -> tuple[str, ...]:
         """The base query of each prompt."""
         return tuple(row.query for row in self.prompts)
 
+    @cached_property
+    def gap(self) -> Tensor:
+        """Specialized minus base readout of the anchor, `(prompt,)`."""
+        base, specialized = reference(self.pair, self.prompts, self.anchor)
+        return specialized - base
+
     def delivered(self, suppliers: Sequence[Component], *, method: Literal["exact", "activation"]) -> tuple[Edge, ...]:
         """What components write along the anchor's direction themselves, where the anchor is read."""
         if not suppliers:
             return ()
-        edges = direct_effects(
-            self.pair,
-            self.prompts,
-            self.anchor,
-            suppliers=suppliers,
-            target=ANCHOR,
-            method=method,
-            batch_tokens=self.batch_tokens,
-        )
-        total = self.effects(edges.suppliers, self.anchor, method=method)
-        direct, whole = (self.shares(values, edges.gap) for values in (edges.per_prompt, total))
+        ordered, changes = self.direct(suppliers, ANCHOR, method=method)
+        total = self.effects(ordered, self.anchor, method=method)
+        direct, whole = (self.shares(values, self.gap) for values in (changes, total))
         found = [
             Edge(source=str(one), target=ANCHOR, kind="delivers", total=whole[place], direct=direct[place])
-            for place, one in enumerate(edges.suppliers)
+            for place, one in enumerate(ordered)
             if _is_clear(direct[place], least=self.how.least * abs(whole[place].value))
         ]
         return tuple(sorted(found, key=_by_direct))
@@ -116,24 +113,17 @@ class Tracer:
     def relayed(self, routers: Sequence[Component]) -> tuple[Edge, ...]:
         """What routers write to routers above them."""
         found = []
+        gaps = self.gaps(routers)
         for target in routers:
             lower = [one for one in routers if (one.layer or 0) < (target.layer or 0)]
             if not lower:
                 continue
-            edges = direct_effects(
-                self.pair,
-                self.prompts,
-                self.anchor,
-                suppliers=lower,
-                target=target,
-                method="activation",
-                batch_tokens=self.batch_tokens,
-            )
+            ordered, changes = self.direct(lower, target, method="activation")
             with suppress(NoGapError):
-                direct = self.shares(edges.per_prompt, edges.target_gap)
+                direct = self.shares(changes, gaps[target])
                 found += [
                     Edge(source=str(one), target=str(target), kind="relays", total=None, direct=share)
-                    for one, share in zip(edges.suppliers, direct, strict=True)
+                    for one, share in zip(ordered, direct, strict=True)
                     if _is_clear(share, least=self.how.least)
                 ]
         return tuple(sorted(found, key=_by_direct))
@@ -141,42 +131,37 @@ class Tracer:
     def step(self, targets: Sequence[Component], *, is_first: bool) -> Step:
         """One round: the suppliers of some targets."""
         flows = self.flows(targets, is_first=is_first)
-        names = tuple(str(target) for target in targets)
         candidates = self.candidates(flows, targets)
+        found = Round(
+            targets=tuple(map(str, targets)), suppliers=(), joint=None, n_candidates=0, n_exact=0, stopped=None
+        )
         if not candidates:
-            stop = "no candidate lies below these targets"
-            return Step(round=_round(names, (), None, (0, 0), stop))
-        if is_first:
-            base, specialized = reference(self.pair, self.prompts, self.anchor)
-            self.sign = -1 if float((specialized - base).mean()) < 0 else 1
-        else:
-            self.sign = 1  # toward the specialized model's write
-        estimates = self.estimates(flows, candidates)
-        if is_first:
-            self.by_flow = estimates
-        best = sorted(candidates, key=lambda one: -estimates[str(one)])[: self.how.n_exact]
+            return Step(round=replace(found, stopped="no candidate lies below these targets"))
+        estimates = self.estimates(flows, candidates, is_first=is_first)
+        best = sorted(candidates, key=lambda one: -estimates[one])[: self.how.n_exact]
         chosen = tuple(one for one in candidates if one in best)
-        counts = len(candidates), len(chosen)
+        found = replace(found, n_candidates=len(candidates), n_exact=len(chosen))
         measured, gaps = self.measure(flows, chosen, is_first=is_first)
+        gap = _added(gaps)
         try:
-            shares = self.shares(sum(measured.values(), torch.zeros(())), sum(gaps.values(), torch.zeros(())))
+            shares = self.shares(_added(measured), gap)
         except NoGapError:
-            stop = "what these targets write does not differ measurably between the two models"
-            return Step(round=_round(names, (), None, counts, stop))
+            stopped = "what these targets write does not differ measurably between the two models"
+            return Step(round=replace(found, stopped=stopped), estimates=estimates)
         values = {str(one): share.value for one, share in zip(chosen, shares, strict=True)}
         clear = [one for one, share in zip(chosen, shares, strict=True) if share.low is not None and share.low > 0]
         suppliers = fewest(clear, values, self.how.share, self.how.n_suppliers)
         if not suppliers:
-            stop = "no candidate's interval lies above 0"
-            return Step(round=_round(names, (), None, counts, stop))
+            return Step(round=replace(found, stopped="no candidate's interval lies above 0"), estimates=estimates)
         together = suppliers[0] if len(suppliers) == 1 else Component.joint(suppliers)
         jointly, _ = self.measure(flows, (together,), is_first=is_first)
-        joint = self.shares(sum(jointly.values(), torch.zeros(())), sum(gaps.values(), torch.zeros(())))[0]
+        joint = self.shares(_added(jointly), gap)[0]
+        found = replace(found, suppliers=tuple(map(str, suppliers)), joint=joint)
         if joint.value < self.how.least:
-            stop = f"patched together they restore less than {self.how.least:g} of what the targets write"
-            return Step(round=_round(names, suppliers, joint, counts, stop))
+            stopped = f"patched together they restore less than {self.how.least:g} of what the targets write"
+            return Step(round=replace(found, stopped=stopped), estimates=estimates)
         edges = self.supplied(targets, chosen, suppliers, measured, gaps, is_first=is_first)
-        return Step(round=_round(names, suppliers, joint, counts, None), suppliers=suppliers, edges=edges)
+        return Step(round=found, estimates=estimates, suppliers=suppliers, edges=edges)
 
     def flows(self, targets: Sequence[Component], *, is_first: bool) -> dict[Component, Flow]:
         """What is read of each target: along the anchor, or, of suppliers, toward the specialized model's write."""
@@ -200,16 +185,22 @@ class Tracer:
             if one not in targets and any(reaches(one, flow) for flow in flows.values())
         )
 
-    def estimates(self, flows: Mapping[Component, Flow], candidates: Sequence[Component]) -> dict[str, float]:
-        """Effects on all targets together, to first order, mean over prompts. Targets of one layer share a pass."""
-        found = dict.fromkeys(map(str, candidates), 0.0)
+    def estimates(
+        self, flows: Mapping[Component, Flow], candidates: Sequence[Component], *, is_first: bool
+    ) -> dict[Component, float]:
+        """Effects on all targets together in the gap's direction, to first order, mean over prompts.
+
+        Targets of one layer that are read alike share a pass.
+        """
+        sign = orientation(self.gap.numpy()) if is_first else 1  # else read toward the specialized model's write
+        found = dict.fromkeys(candidates, 0.0)
         for flow in _by_layer(flows):
             reaching = [one for one in candidates if reaches(one, flow)]
             if not reaching:
                 continue
-            effects = self.sign * self.effects(reaching, flow, method="first-order").mean(dim=1)
+            effects = sign * self.effects(reaching, flow, method="first-order").mean(dim=1)
             for one, effect in zip(reaching, effects.tolist(), strict=True):
-                found[str(one)] += effect
+                found[one] += effect
         return found
 
     def measure(
@@ -241,9 +232,30 @@ class Tracer:
             )
         }
         rows = [values for one in chosen if (values := swept[one]) is not None]
-        base, specialized = deliver(self.pair, self.prompts, self.anchor, targets, batch_tokens=self.batch_tokens)
         found = {target: torch.stack([values[place] for values in rows]) for place, target in enumerate(targets)}
-        return found, {target: specialized[place] - base[place] for place, target in enumerate(targets)}
+        return found, self.gaps(targets)
+
+    def gaps(self, targets: Sequence[Component]) -> dict[Component, Tensor]:
+        """What each target writes more along the anchor in the specialized model, `(prompt,)`; read once."""
+        if missing := [target for target in targets if target not in self.known_gaps]:
+            ordered = components(self.pair.architecture, missing)
+            base, specialized = deliver(self.pair, self.prompts, self.anchor, ordered, batch_tokens=self.batch_tokens)
+            self.known_gaps |= zip(ordered, specialized - base, strict=True)
+        return {target: self.known_gaps[target] for target in targets}
+
+    def direct(
+        self, suppliers: Sequence[Component], target: Component | str, *, method: Literal["exact", "activation"]
+    ) -> tuple[tuple[Component, ...], Tensor]:
+        """Suppliers upstream of a target, and what it then writes more, seeing them alone: `(supplier, prompt)`."""
+        return direct_changes(
+            self.pair,
+            self.prompts,
+            self.anchor,
+            suppliers=suppliers,
+            target=target,
+            method=method,
+            batch_tokens=self.batch_tokens,
+        )
 
     def supplied(
         self,
@@ -265,16 +277,8 @@ class Tracer:
             direct: dict[Component, Share] = {}
             with suppress(ComponentError):
                 if is_first:
-                    straight = direct_effects(
-                        self.pair,
-                        self.prompts,
-                        self.anchor,
-                        suppliers=suppliers,
-                        target=target,
-                        batch_tokens=self.batch_tokens,
-                    )
-                    found = self.shares(straight.per_prompt, gaps[target])
-                    direct = dict(zip(straight.suppliers, found, strict=True))
+                    ordered, changes = self.direct(suppliers, target, method="exact")
+                    direct = dict(zip(ordered, self.shares(changes, gaps[target]), strict=True))
             for one in suppliers:
                 share = total[chosen.index(one)]
                 if share.low is not None and share.low > 0:
@@ -284,21 +288,26 @@ class Tracer:
         return tuple(sorted(edges, key=lambda edge: -edge.total.value if edge.total else 0))
 
     def overlaps(
-        self, routers: Sequence[Component], others: Sequence[Component]
+        self, estimates: Mapping[Component, float], others: Sequence[Component]
     ) -> tuple[tuple[Overlap, ...], tuple[Overlap, ...]]:
-        """Rankings of suppliers, of the routers and of others, against the ranking by effects of weights."""
-        flows = self.flows(routers, is_first=True)
-        base, specialized = reference(self.pair, self.prompts, self.anchor)
-        self.sign = -1 if float((specialized - base).mean()) < 0 else 1
-        universe = [one for one in self.candidates(flows, (*routers, *others)) if str(one) in self.by_flow]
+        """Rankings of suppliers against the ranking by effects of weights.
+
+        Args:
+            estimates: Of the routers' suppliers, from the first step.
+            others: Components that are no routers, as a control.
+        """
+        universe = [one for one in estimates if one not in others]
         if not universe:
             return (), ()
-        values = (self.sign * self.effects(universe, self.anchor, method="first-order").mean(dim=1)).tolist()
-        by_weights = _ranked(dict(zip(map(str, universe), values, strict=True)))
-        of_routers = _ranked({str(one): self.by_flow[str(one)] for one in universe})
+        values = (
+            orientation(self.gap.numpy()) * self.effects(universe, self.anchor, method="first-order").mean(dim=1)
+        ).tolist()
+        by_weights = _ranked(dict(zip(universe, values, strict=True)))
+        of_routers = _ranked({one: estimates[one] for one in universe})
         if not others:
             return overlaps(of_routers, by_weights), ()
-        of_others = _ranked(self.estimates(self.flows(others, is_first=True), universe))
+        flows = self.flows(others, is_first=True)
+        of_others = _ranked(self.estimates(flows, universe, is_first=True))
         return overlaps(of_routers, by_weights), overlaps(of_others, by_weights)
 
     def effects(
@@ -328,25 +337,12 @@ def _by_layer(flows: Mapping[Component, Flow]) -> list[Flow]:
     ]
 
 
-def _round(
-    targets: tuple[str, ...],
-    suppliers: Sequence[Component],
-    joint: Share | None,
-    counts: tuple[int, int],
-    stopped: str | None,
-) -> Round:
-    return Round(
-        targets=targets,
-        suppliers=tuple(map(str, suppliers)),
-        joint=joint,
-        n_candidates=counts[0],
-        n_exact=counts[1],
-        stopped=stopped,
-    )
+def _added(by_target: Mapping[Component, Tensor]) -> Tensor:
+    return torch.stack([*by_target.values()]).sum(dim=0)
 
 
-def _ranked(values: Mapping[str, float]) -> list[str]:
-    return sorted(values, key=lambda name: -values[name])
+def _ranked(values: Mapping[Component, float]) -> list[str]:
+    return [str(one) for one in sorted(values, key=lambda one: -values[one])]
 
 
 def fewest(chosen: Sequence[Component], values: Mapping[str, float], share: float, most: int) -> tuple[Component, ...]:

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from weightpatch.jsonable import known
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -278,16 +280,7 @@ def print_table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
 
 def print_json(record: dict[str, Any]) -> None:
     """Print one JSON object on one line; what is not finite becomes null."""
-    print(json.dumps(_finite(record), ensure_ascii=False, allow_nan=False))
-
-
-def _finite(value: Any) -> Any:
-    """JSON knows no NaN: null stands for it."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {str(key): _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
+    print(json.dumps(known(record), ensure_ascii=False, allow_nan=False))
 
 
 def fail(message: str, as_json: bool, code: int, fields: dict[str, Any] | None = None) -> NoReturn:

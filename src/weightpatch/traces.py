@@ -21,14 +21,14 @@ from weightpatch.engine.edges import Receives
 from weightpatch.errors import NoGapError, RunError
 from weightpatch.executors import Executors, find_executors
 from weightpatch.hierarchy import Hierarchy, find_roles
+from weightpatch.jsonable import finite, known
 from weightpatch.localization import Method, plan, sweep, targets_of
 from weightpatch.nulls import N_SHUFFLES, Draw, draw_null, pooled
 from weightpatch.pair import ModelPair
 from weightpatch.paths import ANCHOR, direct_effects
 from weightpatch.prompts import ContrastPrompts
-from weightpatch.recording import append_effects, read_effects
+from weightpatch.recording import append_effects, read_effects, whole_lines
 from weightpatch.run import Progress, Run, settle, write_whole
-from weightpatch.statistics import finite
 from weightpatch.suppliers import TraceSettings
 from weightpatch.tracing import trace
 
@@ -259,13 +259,7 @@ def _draws(task: _Task, n_shuffles: int) -> Iterator[Draw]:
 
 
 def _read_draws(file: Path) -> list[Draw]:
-    if not file.is_file():
-        return []
-    whole = file.read_bytes()
-    kept = whole[: whole.rfind(b"\n") + 1]
-    if len(kept) < len(whole):  # the last line was only half written
-        file.write_bytes(kept)
-    records = [json.loads(line) for line in kept.splitlines()]
+    records = [json.loads(line) for line in whole_lines(file, repair=True)]
     return [
         Draw(
             seed=record["seed"],
@@ -317,14 +311,10 @@ def _read_executors(record: dict[str, Any]) -> Executors:
 
 def _about(hierarchy: Hierarchy, executors: Executors | None, settings: TraceStage) -> dict[str, Any]:
     """What `trace.json` says beside the graph."""
-    depth = {
-        name: (finite(value) if name in ("difference", "p") else value)
-        for name, value in asdict(hierarchy.depth).items()
-    }
     return {
         "settings": asdict(settings),
         "rule": {"level": hierarchy.level, "share": hierarchy.share, "n_shuffles": hierarchy.n_shuffles},
-        "depth": depth,
+        "depth": known(asdict(hierarchy.depth)),
         "executors": None
         if executors is None
         else {

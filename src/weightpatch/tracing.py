@@ -12,13 +12,15 @@ from weightpatch.effects import Effects
 from weightpatch.engine.activations import has_output
 from weightpatch.errors import AnchorError, NoGapError
 from weightpatch.executors import Executors, find_executors
-from weightpatch.graph import ANCHOR, OUTPUT, Edge, Graph, Node, Round, Share, nodes_in_order
+from weightpatch.graph import OUTPUT, Edge, Graph, Node, Round, Share, nodes_in_order
 from weightpatch.hierarchy import Hierarchy, find_roles
+from weightpatch.jsonable import finite
 from weightpatch.localization import localize
 from weightpatch.nulls import N_SHUFFLES, draw_null, pooled
 from weightpatch.pair import ModelPair
+from weightpatch.paths import ANCHOR
 from weightpatch.prompts import ContrastPrompts
-from weightpatch.statistics import finite
+from weightpatch.stability import Overlap
 from weightpatch.suppliers import Tracer, TraceSettings, fewest
 
 _CAN_BE_TARGETS = ("heads", "attns", "mlps", "neurons")
@@ -73,16 +75,18 @@ def trace(
     edges = [*tracer.delivered(routers, method="activation"), *tracer.relayed(routers)]
     rounds: list[Round] = []
     targets: Sequence[Component] = routers
+    overlap: tuple[tuple[Overlap, ...], tuple[Overlap, ...]] = ((), ())
     while targets and len(rounds) < how.n_rounds:
         step = tracer.step(targets, is_first=not rounds)
         rounds.append(step.round)
+        if len(rounds) == 1:
+            overlap = tracer.overlaps(step.estimates, _others(roles, routers, seed=seed))
         if step.round.stopped:
             break
         edges += step.edges
         if len(rounds) == 1:
             edges += tracer.delivered(step.suppliers, method="exact")
         targets = _innermost([one for one in step.suppliers if one.layer])[: max(1, how.n_targets // 2)]
-    overlap = tracer.overlaps(routers, _others(roles, routers, seed=seed)) if routers else ((), ())
     edges += _executed(roles, how)
     named = {name for edge in edges for name in (edge.source, edge.target)}
     named |= {str(one) for role in ("source", "router", "executor") for one in roles.of_role(role)}

@@ -23,7 +23,7 @@ from weightpatch.patch import Recipient, patched
 from weightpatch.prompts import ContrastPrompts, TokenIds
 from weightpatch.reading import readouts
 from weightpatch.residuals import BATCH_TOKENS
-from weightpatch.statistics import Floats, Interval, mean_interval, pass_rate, recovery
+from weightpatch.statistics import Floats, Interval, mean_interval, orientation, pass_rate, recovery
 
 N_RESPONSE_TOKENS = 24
 SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -192,8 +192,7 @@ def rank(effects: Effects) -> tuple[Component, ...]:
     Units that enclose another measured one are left out (blocks where their MLPs are there), so that no weight is
     patched twice and the sets grow by what their number says.
     """
-    sign = 1 if float(effects.gap.mean()) >= 0 else -1
-    order = (sign * effects.per_prompt.mean(dim=1)).argsort(descending=True, stable=True)
+    order = (orientation(effects.gap.numpy()) * effects.per_prompt.mean(dim=1)).argsort(descending=True, stable=True)
     units = {member.unit for member in effects.components}
     ranked = (effects.components[place] for place in order.tolist())
     return tuple(member for member in ranked if not any(encloses(member.unit, unit) for unit in units))

@@ -101,12 +101,7 @@ class Activations:
 
     def parts(self, layer: int) -> Parts:
         """What the specialized model's layer did at the readout positions."""
-        call, seen = self.calls[layer], self.seen(layer)
-        attention, mlp = watched(call)
-        rows = (1, seen[""][0].shape[1], -1)
-        heads_in, write = (call.at_reads(tensor) for tensor in seen[attention])
-        neurons_in, mlp_write = (call.at_reads(tensor.reshape(rows)) for tensor in seen[mlp])
-        return Parts(heads_in=heads_in, attention=write, neurons_in=neurons_in, mlp=mlp_write, leaving=seen[""][1])
+        return self.calls[layer].parts_of(self.seen(layer))
 
     def layer(self, layer: int, call: LayerCall, residual: Tensor) -> Changes:
         """See `Donor`."""

@@ -17,7 +17,7 @@ from weightpatch.component import Component
 from weightpatch.engine.activations import Source
 from weightpatch.engine.deliveries import Deliveries, by_prompt
 from weightpatch.engine.leaving import Leaving, is_plain_neuron
-from weightpatch.engine.suffix import Run, gather, start
+from weightpatch.engine.suffix import Run, chunks, gather, start
 from weightpatch.errors import ComponentError
 from weightpatch.packed.calls import Edits, LayerCall, Parts
 from weightpatch.pair import ModelPair
@@ -86,11 +86,8 @@ def direct(
     with evaluating(pair.base, pair.specialized):
         runs = start(pair, token_ids, anchor, batch_tokens=batch_tokens, source=source)
         ends = [_End(run, deliveries, target, receives) for run in runs]
-    width = max(1, batch_tokens // max(run.packing.n_tokens for run in runs))
     for layer, group in groupby(suppliers, key=lambda one: one.layer):
-        members = list(group)
-        for begin in range(0, len(members), width):
-            chunk = members[begin : begin + width]
+        for chunk in chunks(list(group), runs, batch_tokens):
             with evaluating(pair.base, pair.specialized):
                 parts = [end.change(torch.cat(_added(run, chunk, layer))) for run, end in zip(runs, ends, strict=True)]
             found = gather(parts, runs)

@@ -70,12 +70,11 @@ def measure_all(
     """Patch components one after another in runs that `start` began; arguments as in `sweep`."""
     base = gather([run.base for run in runs], runs)
     for layer, members in groupby(components, key=lambda component: component.layer):
-        for chunk in _chunks(list(members), runs, batch_tokens):
+        for chunk in chunks(list(members), runs, batch_tokens):
             if skip >= set(chunk):
                 continue
-            with evaluating(
-                pair.base, pair.specialized
-            ):  # left before anything is handed out: the caller's own mode is not ours
+            # Left before anything is handed out: the caller's own mode is not ours.
+            with evaluating(pair.base, pair.specialized):
                 parts = [run.measure(chunk, layer) for run in runs]
             for place, component in enumerate(chunk):
                 delivered = None
@@ -148,7 +147,14 @@ def _meet(packing: Packing, reader: Reader) -> bool:
     return any(reads & set(path) != set(own) for path, own in zip(packing.paths, places, strict=True))
 
 
-def _chunks(group: Sequence[Component], runs: Sequence[Run], batch_tokens: int) -> Iterator[list[Component]]:
+def reads_of(packing: Packing, reader: Reader) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Where a packed row is read, `(read,)`, and for each prompt which of these places are its own, `(position,)`."""
+    places = packing.paths_at([reader.places[prompt] for prompt in packing.prompts])
+    wanted = sorted({place for row in places for place in row})
+    return torch.tensor(wanted), tuple(torch.tensor([wanted.index(one) for one in row]) for row in places)
+
+
+def chunks(group: Sequence[Component], runs: Sequence[Run], batch_tokens: int) -> Iterator[list[Component]]:
     """Components of one layer that share a forward call; which ones depends on nothing but the settings."""
     width = max(1, batch_tokens // max(run.packing.n_tokens for run in runs))
     for begin in range(0, len(group), width):
@@ -219,9 +225,7 @@ class Run:
     ) -> Run:
         """Run the base on one row up to the anchor."""
         tokens = pad(token_ids, embedding_weight(pair.base).device)
-        places = packing.paths_at([reader.places[prompt] for prompt in packing.prompts])
-        wanted = sorted({place for row in places for place in row})
-        reads, index = torch.tensor(wanted), tuple(torch.tensor([wanted.index(one) for one in row]) for row in places)
+        reads, index = reads_of(packing, reader)
         calls, residual = record(pair.base, tokens, packing, reader.layer, reads)
         donor: Donor = Weights(pair=pair, packing=packing, tokens=tokens)
         if source == "activations":

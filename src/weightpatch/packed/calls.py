@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -144,14 +145,17 @@ class LayerCall:
             heads_in, attention = self.attend_at_reads(residual)
             inputs, write, leaving = self.mlp_behind(self.at_reads(residual), attention)
             return Parts(heads_in=heads_in, attention=attention, neurons_in=inputs, mlp=write, leaving=leaving)
-        seen = self.watch(residual, weights, self.family.o, mlp, edits=edits)
-        rows = (*residual.shape[:2], -1)
-        heads_in, attention = (self.at_reads(tensor) for tensor in seen[self.family.o])
-        inputs, write = (self.at_reads(tensor.reshape(rows)) for tensor in seen[mlp])
-        leaving = self.at_reads(seen[""][1]) if last else seen[""][1]
-        return Parts(heads_in=heads_in, attention=attention, neurons_in=inputs, mlp=write, leaving=leaving)
+        found = self.parts_of(self.watch(residual, weights, self.family.o, mlp, edits=edits))
+        return replace(found, leaving=self.at_reads(found.leaving)) if last else found
 
-    @property
+    def parts_of(self, seen: Mapping[str, tuple[Tensor, Tensor]]) -> Parts:
+        """What `watch` saw of `o`, of `mlp_path` and of the whole layer, at the readout positions."""
+        rows = (*seen[""][0].shape[:2], -1)
+        heads_in, attention = (self.at_reads(tensor) for tensor in seen[self.family.o])
+        inputs, write = (self.at_reads(tensor.reshape(rows)) for tensor in seen[self.mlp_path])
+        return Parts(heads_in=heads_in, attention=attention, neurons_in=inputs, mlp=write, leaving=seen[""][1])
+
+    @cached_property
     def mlp_path(self) -> str:
         """The module whose output is the MLP's write: the one that neurons own a column of, if it is a plain MLP."""
         plain = any(path == self.family.mlp_out for path, _ in self.layer.named_modules())

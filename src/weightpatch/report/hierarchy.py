@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import plotly.graph_objects as go
 
-from weightpatch.graph import ANCHOR, OUTPUT, Edge, Graph, Node, Share
+from weightpatch.graph import OUTPUT, Edge, Graph, Node, Share
+from weightpatch.paths import ANCHOR
 from weightpatch.report.figures import layer_tick
 from weightpatch.report.style import color_axis, plain, styled, unit_style
 from weightpatch.roles import ROLES
