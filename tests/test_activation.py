@@ -10,7 +10,8 @@ from torch import Tensor
 
 import flow_oracle
 import hook_oracle
-from conftest import EVERY_SHAPE, build_model, build_pair, some_of_every_unit
+from conftest import EVERY_SHAPE, build_pair, some_of_every_unit
+from flow_cases import mean_gap, no_float32_in_float64, pair_of  # noqa: F401  the fixture works by being here
 from flow_oracle import Case
 from weightpatch import Anchor, ContrastPrompts, ModelPair, localize
 from weightpatch.component import components
@@ -24,20 +25,6 @@ PROMPTS = ContrastPrompts.from_token_ids(
     with_instruction=TOKEN_IDS, without_instruction=[ids[:-1] for ids in TOKEN_IDS]
 )
 WITH_OUTPUTS = "embed,blocks,attns,mlps,heads,heads.q,heads.o,kvs,neurons,experts,routers"
-
-
-@pytest.fixture(autouse=True)
-def no_float32_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.nn.functional, "softmax", flow_oracle.exact_softmax)
-
-
-@cache
-def pair_of(shape: str, dtype: torch.dtype = torch.float64) -> ModelPair:
-    """Two random models, the same in every test; in float64 nothing in them goes through float32."""
-    models = [build_model(shape, seed=seed, dtype=dtype) for seed in (1, 2)]
-    if dtype == torch.float64:
-        models = [flow_oracle.with_exact_norms(model) for model in models]
-    return ModelPair(base=models[0], specialized=models[1])
 
 
 @cache
@@ -60,10 +47,6 @@ def sets_of(pair: ModelPair) -> list[str]:
     else:
         neurons = ["{L0.N2,L0.N7,L1.H3}"]
     return ["{L0.H1,L0.H2}", "{L0.H2.q,L0.H1.o,L0.KV0,L1.mlp}", "{embed,L1.attn}", "{L0,L1.H1,L1.mlp}", *neurons]
-
-
-def mean_gap(case: Case) -> float:
-    return float((flow_oracle.readouts(case.exchanged()) - flow_oracle.readouts(case)).abs().mean())
 
 
 def by_oracle(case: Case, addresses: list[str], *, method: str = "activation", at: str = "all") -> Tensor:

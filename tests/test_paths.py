@@ -13,6 +13,7 @@ import torch
 import flow_oracle
 import hook_oracle
 from conftest import CORE, EVERY_SHAPE, SHAPES, build_model, some_of_every_unit
+from flow_cases import mean_gap, no_float32_in_float64, pair_of  # noqa: F401  the fixture works by being here
 from flow_oracle import Case
 from weightpatch import Anchor, ContrastPrompts, ModelPair, localize
 from weightpatch.component import Component, components
@@ -35,20 +36,6 @@ PARALLEL = "gpt-neox"
 SOME_FAMILIES = ["llama-gqa", "gemma2", "gpt2", PARALLEL, "qwen3-moe"]
 
 
-@pytest.fixture(autouse=True)
-def no_float32_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.nn.functional, "softmax", flow_oracle.exact_softmax)
-
-
-@cache
-def pair_of(shape: str, dtype: torch.dtype = torch.float64) -> ModelPair:
-    """Two random models, the same in every test; in float64 nothing in them goes through float32."""
-    models = [build_model(shape, seed=seed, dtype=dtype) for seed in (1, 2)]
-    if dtype == torch.float64:
-        models = [flow_oracle.with_exact_norms(model) for model in models]
-    return ModelPair(base=models[0], specialized=models[1])
-
-
 @cache
 def case_of(shape: str, dtype: torch.dtype = torch.float64, layer: int = ANCHOR.layer) -> Case:
     pair = pair_of(shape, dtype)
@@ -66,10 +53,6 @@ def named(cases: list[tuple[str, torch.dtype, str]]) -> list[Any]:
         )
         for case in cases
     ]
-
-
-def mean_gap(case: Case) -> float:
-    return float((flow_oracle.readouts(case.exchanged()) - flow_oracle.readouts(case)).abs().mean())
 
 
 def one_of_every_unit(shape: str, *, method: str, below: int = ANCHOR.layer) -> list[str]:
