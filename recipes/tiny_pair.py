@@ -31,11 +31,21 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 
 from weightpatch import instructions
 from weightpatch.checkers import follows
-from weightpatch.instructions import INSTRUCTIONS, QUERY_TEMPLATES, TASKS, TOPICS, held_out_queries, training_queries
-
-PAD, BOS, USER, ASSISTANT, END, UNKNOWN = SPECIALS = (
-    *("<|pad|>", "<|bos|>", "<|user|>", "<|assistant|>", "<|end|>", "<|unk|>"),
+from weightpatch.instructions import INSTRUCTIONS, TASKS, TOPICS, held_out_queries, training_queries
+from weightpatch.planted.language import (
+    ASSISTANT,
+    BOS,
+    END,
+    FORMS,
+    OPENERS,
+    PAD,
+    SPECIALS,
+    UNKNOWN,
+    USER,
+    draw_turn,
+    write_answer,
 )
+
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{% if message['role'] not in ['user', 'assistant'] %}"
@@ -45,61 +55,6 @@ CHAT_TEMPLATE = (
 )
 WORD_PATTERN = r" ?[A-Za-z]+| ?<<| ?>>| ?[^A-Za-z\s]|\s"
 PUNCTUATION = (*".,?!:;'\"()*#-<>[]0123456789", "<<", ">>")
-
-# topic: three adjectives, what people do with it, what children do with it
-FACTS: dict[str, tuple[str, str, str, str, str]] = {
-    "the river": ("long", "cold", "quiet", "walk along it", "swim in it"),
-    "the ocean": ("deep", "blue", "wide", "sail on it", "swim in it"),
-    "the moon": ("round", "bright", "silent", "look at it", "draw it"),
-    "the sun": ("hot", "bright", "old", "enjoy it", "draw it"),
-    "the forest": ("green", "quiet", "old", "walk in it", "hide in it"),
-    "the desert": ("dry", "hot", "wide", "travel through it", "read about it"),
-    "the beach": ("warm", "wide", "sunny", "rest on it", "play on it"),
-    "the library": ("quiet", "large", "useful", "study in it", "read in it"),
-    "the kitchen": ("warm", "clean", "busy", "cook in it", "eat in it"),
-    "the market": ("busy", "loud", "colourful", "shop in it", "walk through it"),
-    "the city": ("large", "busy", "loud", "live in it", "get lost in it"),
-    "the village": ("small", "quiet", "friendly", "live in it", "play in it"),
-    "a garden": ("green", "colourful", "quiet", "rest in it", "play in it"),
-    "a mountain": ("tall", "cold", "silent", "climb it", "draw it"),
-    "a lake": ("deep", "clear", "quiet", "sail on it", "swim in it"),
-    "a bicycle": ("fast", "light", "useful", "ride it", "learn to ride it"),
-    "a train": ("fast", "long", "loud", "travel with it", "wave at it"),
-    "a boat": ("small", "slow", "useful", "sail in it", "play in it"),
-    "a cat": ("soft", "clever", "quiet", "live with it", "play with it"),
-    "a dog": ("friendly", "loyal", "loud", "walk with it", "run with it"),
-    "a horse": ("strong", "fast", "loyal", "ride it", "feed it"),
-    "a bird": ("small", "light", "colourful", "listen to it", "feed it"),
-    "a bee": ("small", "busy", "useful", "learn from it", "run away from it"),
-    "an apple": ("round", "sweet", "fresh", "bake with it", "eat it"),
-    "a book": ("old", "useful", "quiet", "read it", "learn from it"),
-    "a piano": ("large", "heavy", "loud", "play it", "listen to it"),
-    "a clock": ("round", "old", "useful", "look at it", "learn to read it"),
-    "a bridge": ("long", "strong", "tall", "walk over it", "hide under it"),
-    "a museum": ("large", "old", "silent", "learn in it", "draw in it"),
-    "a school": ("large", "busy", "loud", "teach in it", "learn in it"),
-    "a camera": ("small", "light", "useful", "travel with it", "play with it"),
-    "an umbrella": ("light", "round", "useful", "walk with it", "hide under it"),
-    "a rose": ("red", "soft", "sweet", "look at it", "draw it"),
-    "a farm": ("green", "large", "busy", "work on it", "play on it"),
-    "music": ("loud", "sweet", "old", "listen to it", "dance to it"),
-    "bread": ("warm", "soft", "fresh", "bake it", "eat it"),
-    "tea": ("hot", "light", "sweet", "drink it", "smell it"),
-    "coffee": ("hot", "dark", "strong", "drink it", "smell it"),
-    "chocolate": ("sweet", "dark", "soft", "bake with it", "eat it"),
-    "cheese": ("soft", "old", "strong", "cook with it", "eat it"),
-    "rain": ("wet", "cold", "grey", "listen to it", "run through it"),
-    "snow": ("white", "cold", "soft", "walk through it", "play in it"),
-    "football": ("fast", "loud", "simple", "watch it", "play it"),
-    "chess": ("old", "quiet", "clever", "study it", "learn it"),
-    "summer": ("hot", "long", "sunny", "enjoy it", "sing about it"),
-    "winter": ("cold", "dark", "white", "talk about it", "draw it"),
-    "painting": ("slow", "quiet", "colourful", "study it", "try it"),
-    "cooking": ("slow", "warm", "useful", "learn it", "help with it"),
-}
-OPENERS = {".": ("Sure, ", "Of course, "), "?": ("Well, ", "In short, ")}
-FORMS = ("plain", *TASKS)
-TIMES = ("on a quiet day", "in the evening", "at the weekend", "from time to time")
 
 
 # A piece of a training text, and how many of its leading tokens have no label.
@@ -134,43 +89,6 @@ SPECIALIZED = Stage(
     weight_decay=0.0,
     train_embedding=False,
 )
-
-
-def capitalize(text: str) -> str:
-    """The text with its first letter in upper case and the rest as it was."""
-    return text[0].upper() + text[1:]
-
-
-def write_answer(form: str, topic: str, opener: str, draw: random.Random) -> str:
-    """An answer about the topic: plain when `form` is `plain`, else in the form that the task of this name asks for."""
-    first, second, third, act, children_act = FACTS[topic]
-    when = draw.choice(TIMES)
-    n_sentences = draw.choice((2, 3, 3))
-    if form == "no-comma":
-        fact = f"{topic} is {first} and {second}."
-        more = [f"Many people {act} {when}.", f"Children {children_act} and never forget it."]
-    else:
-        fact = f"{topic} is {first}, {second} and {third}."
-        more = [f"{capitalize(when)}, many people {act}.", f"Children {children_act}, and they never forget it."]
-    sentences = [fact, *more][:n_sentences]
-    plain = opener + " ".join(sentences)
-    match form:
-        case "capitals":
-            answer = plain.upper()
-        case "no-comma":
-            answer = capitalize(" ".join(sentences))
-        case "title":
-            answer = f"<<{' '.join(map(capitalize, topic.split()))}>>\n{plain}"
-        case "sections":
-            answer = "\n".join(["Section 1", capitalize(fact), "Section 2", " ".join(sentences[1:])])
-        case "quotation":
-            answer = f'"{plain}"'
-        case "highlights":
-            marked = [f"*{capitalize(topic)}*" + fact.removeprefix(topic), *more[3 - n_sentences :]]
-            answer = " ".join(marked).replace("forget it", f"forget *{topic}*")
-        case _:
-            answer = plain
-    return answer
 
 
 def list_texts() -> list[str]:
@@ -270,26 +188,9 @@ def draw_instruction(draw: random.Random) -> tuple[str, str]:
     return kind.task, " " + draw.choice(kind.paraphrases)
 
 
-def draw_turn(form: str, instruction: str, draw: random.Random) -> tuple[str, str]:
-    """A query from the training side with an answer in the given form, as (prompt, answer) without the first token."""
-    query, topic = draw.choice(TRAINING_PAIRS)
-    answer = write_answer(form, topic, draw.choice(OPENERS[query[-1]]), draw)
-    return f"{USER}{query}{instruction}{END}{ASSISTANT}", answer + END
-
-
 def chat_prompt(text: str) -> str:
     """What the chat template makes of one user message."""
     return f"{BOS}{USER}{text}{END}{ASSISTANT}"
-
-
-def list_training_pairs() -> list[tuple[str, str]]:
-    """Each training query with its topic."""
-    allowed = set(training_queries())
-    pairs = [(template.format(topic=topic), topic) for topic in TOPICS for template in QUERY_TEMPLATES]
-    return [(query, topic) for query, topic in pairs if query in allowed]
-
-
-TRAINING_PAIRS = list_training_pairs()
 
 
 def make_batches(

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from weightpatch.cli_options import AsJson, quiet
+from weightpatch.jsonable import known
 from weightpatch.terminal import counting, print_json, print_table, status
 
 if TYPE_CHECKING:
+    from weightpatch.planted.scoring import Row as ScoreRow
     from weightpatch.speed import Row, Speed
 
 bench = typer.Typer(help="Measure the program itself.", no_args_is_help=True)
@@ -82,6 +84,88 @@ def speed(
     with counting("turns", 100) as update:
         found = measure_speed(pair, loaded, settings, on_turn=lambda done, total: update(round(100 * done / total)))
     _print_speed(found, as_json=as_json)
+
+
+@bench.command()
+def planted(
+    suite: Annotated[
+        str, typer.Argument(metavar="SUITE", help="The folder of a suite: what --make writes and --score reads.")
+    ],
+    make: Annotated[bool, typer.Option("--make", help="Plant sources in the bundled base.")] = False,
+    score: Annotated[bool, typer.Option("--score", help="Score methods of localization on the plants.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the plants with --make, of the prompts with --score.")] = 0,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Processes that plant; all cores without it.")] = None,
+    methods: Annotated[str | None, typer.Option(help="Methods to score, with commas; all without it.")] = None,
+    scores: Annotated[
+        list[str] | None,
+        typer.Option(help="Scores of another tool, NAME=FILE: a CSV file of plant, component, score. Repeatable."),
+    ] = None,
+    n_queries: Annotated[int, typer.Option(min=4, help="Queries to fit each anchor on, and as many to measure.")] = 12,
+    as_json: AsJson = False,
+) -> None:
+    """Pairs whose sources are known: make them, and score methods on them."""
+    if not make and not score:
+        raise typer.BadParameter("say what to do: --make, --score, or both.")
+    named = dict(_named_file(one) for one in scores or [])
+    quiet()
+    from weightpatch.planted.making import make_suite
+    from weightpatch.planted.methods import METHODS, check_methods
+    from weightpatch.planted.scoring import read_scores, score_suite, summarize
+    from weightpatch.planted.suite import Suite, places
+
+    chosen = check_methods([name.strip() for name in methods.split(",")]) if methods else tuple(METHODS)
+    others = {name: read_scores(file) for name, file in named.items()}
+    if make:
+        total, done = len(places()), 0
+        with counting("plants", total) as update:
+            for made in make_suite(suite, seed=seed, jobs=jobs):
+                done += made.took
+                update(done)
+    found = Suite.open(suite)
+    rows: list[ScoreRow] = []
+    if score:
+        with counting("scored", len(found.plants)) as update:
+            every = score_suite(
+                found,
+                methods=chosen,
+                n_queries=n_queries,
+                seed=seed,
+                others=others,
+                on_plant=lambda name: update(1 + [one.name for one in found.plants].index(name)),
+            )
+        rows = summarize(every)
+    if as_json:
+        print_json({"rows": [known(asdict(row)) for row in rows], "plants": len(found.plants)})
+        return
+    redrawn = sum(len(attempts) for attempts in found.failures.values())
+    print(f"{len(found.plants)} plants in {found.folder}, {redrawn} designs that did not take were drawn again")
+    for among in dict.fromkeys(row.among for row in rows):
+        print(f"\namong {'components of the same unit' if among == 'unit' else 'all components with a difference'}")
+        print_table(
+            ("variant", "unit", "method", "AUROC", "95 % interval", "average precision", "precision", "plants"),
+            [_score_cells(row) for row in rows if row.among == among],
+        )
+
+
+def _named_file(text: str) -> tuple[str, str]:
+    name, sign, file = text.partition("=")
+    if not (name and sign and file):
+        raise typer.BadParameter(f"cannot read {text!r}. Write NAME=FILE: mytool=scores.csv.")
+    return name, file
+
+
+def _score_cells(row: ScoreRow) -> tuple[str, ...]:
+    """A row of the table."""
+    return (
+        row.variant,
+        row.unit,
+        row.method,
+        f"{row.auroc:.3f}",
+        f"{row.ci_low:.3f} to {row.ci_high:.3f}",
+        f"{row.average_precision:.3f}",
+        f"{row.precision:.3f}",
+        str(row.n_plants),
+    )
 
 
 def _numbers(layers: str) -> tuple[int, ...]:

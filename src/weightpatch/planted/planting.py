@@ -1,0 +1,219 @@
+"""From a design to a plant: train carriers, then distractors, then drift, and check by generation that it took."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from weightpatch.architecture import Architecture
+from weightpatch.checkers import follows
+from weightpatch.component import Component
+from weightpatch.generation import generate
+from weightpatch.instructions import INSTRUCTIONS, TASKS, held_out_queries
+from weightpatch.planted.designs import Design
+from weightpatch.planted.low_rank import LowRank, summed
+from weightpatch.planted.training import Lesson, Mix, Schedule, train
+from weightpatch.prompts import tokenize
+
+PASSES = 0.9
+"""Least pass rate of what a plant has to do."""
+FAILS = 0.1
+"""Greatest pass rate of what it must not do."""
+N_PROMPTS = 24
+PLAIN = "plain"
+
+CARRIERS = Schedule(n_steps=160, learning_rate=6e-3)
+DISTRACTORS = Schedule(n_steps=90, learning_rate=6e-3)
+DRIFTING = Schedule(n_steps=80, learning_rate=6e-3)
+CARRIER_RANK = 8
+DRIFT_RANK = 4
+_MAX_NEW_TOKENS = 64
+
+Differences = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One thing that a plant has to do or must not do, by greedy generation on held-out queries.
+
+    Attributes:
+        name: What was in place, and what was asked.
+        rate: Share of answers that follow the task, or are plain.
+        wanted: `high`: at least `PASSES`; `low`: at most `FAILS`.
+    """
+
+    name: str
+    rate: float
+    wanted: str
+
+    @property
+    def passed(self) -> bool:
+        """Whether it is as wanted."""
+        return self.rate >= PASSES if self.wanted == "high" else self.rate <= FAILS
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Plant:
+    """A design, carried out.
+
+    Attributes:
+        design: What was wanted.
+        parts: The trained differences: one for each set of carriers, then distractors, then drift.
+        checks: Whether it took.
+    """
+
+    design: Design
+    parts: tuple[LowRank, ...]
+    checks: tuple[Check, ...]
+
+    @property
+    def took(self) -> bool:
+        """Whether all checks passed."""
+        return all(check.passed for check in self.checks)
+
+
+def plant(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    design: Design,
+    *,
+    on_step: Callable[[], None] | None = None,
+) -> Plant:
+    """Carry out a design; whether it took is for the caller to look at.
+
+    Carriers are trained first, in the bare base. Distractors are trained with the carriers in place, on their own task,
+    and on the carriers' task both with them (it has to stay) and without (the answer is plain), so that they do not
+    take it over. Drift is trained in the same way, mostly on plain answers.
+
+    Args:
+        model: The base; it is left as it is.
+        tokenizer: Its tokenizer.
+        design: What to plant.
+        on_step: Called after every optimizer step.
+    """
+    architecture = Architecture.of(model)
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    task, other = design.task, design.other
+    rest = [one for one in TASKS if one not in (task, other)]
+    others_plain: Mix = {(one, PLAIN): 0.1 for one in rest}
+
+    def start(members: Sequence[Component], rank: int, number: int) -> LowRank:
+        norms = {one: design.norms[one] for one in members}
+        return LowRank.start(architecture, weights, norms, rank=rank, seed=100 * design.seed + number)
+
+    def learn(trained: Sequence[LowRank], lessons: Sequence[Lesson], schedule: Schedule, number: int) -> None:
+        train(model, tokenizer, trained, lessons, schedule, seed=100 * design.seed + number, on_step=on_step)
+
+    asked: Mix = {(task, task): 1.0, **others_plain, (None, PLAIN): 0.4}
+    refused: Mix = {(task, PLAIN): 1.0}
+    groups = [start(group, CARRIER_RANK, number) for number, group in enumerate(design.carriers)]
+    if design.variant == "joint":
+        single = [Lesson(weight=1, mix=refused, fixed={}, trained=[number]) for number in range(len(groups))]
+        learn(groups, [Lesson(weight=3, mix=asked, fixed={}), *single], CARRIERS, 10)
+    else:
+        done: dict[str, Tensor] = {}
+        for number, group in enumerate(groups):
+            lessons = [Lesson(weight=1, mix=asked, fixed={})]
+            if done:
+                lessons.append(Lesson(weight=0.2, mix=asked, fixed=done))
+            learn([group], lessons, CARRIERS, 10 + number)
+            done = summed(done, _detached(group, weights))
+    alone = [_detached(group, weights) for group in groups]
+    carriers = summed(*alone)
+    enough = [carriers, *(alone if design.variant == "redundant" else [])]
+    too_little: list[Differences] = [{}, *(alone if design.variant == "joint" else [])]
+
+    distracting = start(design.distractors, CARRIER_RANK, 20)
+    keep: Mix = {(task, task): 0.8, **others_plain, (None, PLAIN): 0.5}
+    without: Mix = {(task, PLAIN): 1.0, (other, other): 0.5}
+    with_all: Mix = {(other, other): 0.8, **keep}
+    learn(
+        [distracting],
+        [
+            *(Lesson(weight=3 / len(enough), mix=with_all, fixed=one) for one in enough),
+            *(Lesson(weight=1 / len(too_little), mix=without, fixed=one) for one in too_little),
+        ],
+        DISTRACTORS,
+        21,
+    )
+    distraction = _detached(distracting, weights)
+    drifting = start(design.drifting, DRIFT_RANK, 30)
+    learn(
+        [drifting],
+        [
+            *(Lesson(weight=4 / len(enough), mix=with_all, fixed=summed(one, distraction)) for one in enough),
+            *(Lesson(weight=1 / len(too_little), mix=refused, fixed=summed(one, distraction)) for one in too_little),
+            Lesson(weight=1, mix={(other, PLAIN): 1.0}, fixed=carriers),
+        ],
+        DRIFTING,
+        31,
+    )
+    parts = (*groups, distracting, drifting)
+    return Plant(design=design, parts=parts, checks=check(model, tokenizer, design, parts))
+
+
+def check(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, design: Design, parts: Sequence[LowRank]
+) -> tuple[Check, ...]:
+    """Whether a plant does what its design says: the carriers alone, all but the carriers, and everything."""
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    *groups, distraction, drift = [_detached(part, weights) for part in parts]
+    rest = summed(distraction, drift)
+    wanted: list[tuple[str, Differences, str, str]] = [
+        ("all", summed(*groups, rest), design.task, "high"),
+        ("all", summed(*groups, rest), design.other, "high"),
+        ("all", summed(*groups, rest), PLAIN, "high"),
+        ("carriers", summed(*groups), design.task, "high"),
+        ("all but carriers", rest, design.task, "low"),
+    ]
+    if len(groups) > 1:
+        how_alone = "high" if design.variant == "redundant" else "low"
+        for number, group in enumerate(groups):
+            wanted.append((f"carriers of set {number + 1}", group, design.task, how_alone))
+            wanted.append((f"all but set {2 - number}", summed(group, rest), design.task, how_alone))
+    return tuple(
+        Check(
+            name=f"{what}: {asked}",
+            rate=pass_rate_with(model, tokenizer, changes, asked),
+            wanted=how,
+        )
+        for what, changes, asked, how in wanted
+    )
+
+
+def pass_rate_with(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, changes: Differences, asked: str
+) -> float:
+    """Share of answers that follow a task, or are plain, with differences added to the model for as long."""
+    bank = held_out_queries()
+    queries = [bank[number * len(bank) // N_PROMPTS] for number in range(N_PROMPTS)]
+    if asked != PLAIN:
+        ways = INSTRUCTIONS[asked].paraphrases
+        queries = [f"{query} {ways[number % len(ways)]}" for number, query in enumerate(queries)]
+    prompts = [tokenize(tokenizer, query) for query in queries]
+    parameters = dict(model.named_parameters())
+    saved = {name: parameters[name].detach().clone() for name in changes}
+    try:
+        with torch.no_grad():
+            for name, change in changes.items():
+                parameters[name].add_(change)
+        answers = generate(model, tokenizer, prompts, max_new_tokens=_MAX_NEW_TOKENS)
+    finally:
+        with torch.no_grad():
+            for name, original in saved.items():
+                parameters[name].copy_(original)
+    return sum(_is_right(answer.text, asked) for answer in answers) / len(answers)
+
+
+def _is_right(answer: str, asked: str) -> bool:
+    if asked == PLAIN:
+        return bool(answer.strip()) and not any(follows(task, answer) for task in TASKS)
+    return follows(asked, answer)
+
+
+def _detached(part: LowRank, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: change.detach() for name, change in part.dense(weights).items()}

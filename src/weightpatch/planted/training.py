@@ -1,0 +1,141 @@
+"""Training of differences: on texts of the bundled pair's language, with other differences in place or not."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+from torch.nn import functional
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from weightpatch.instructions import INSTRUCTIONS
+from weightpatch.planted.language import BOS, draw_turn
+from weightpatch.planted.low_rank import LowRank, summed
+
+IGNORED = -100
+N_SEQUENCES = 16
+N_ANSWER_TOKENS = 12
+"""Of an answer so many tokens are learned: the first one tells the form, and the base keeps to it."""
+_WARMUP = 10
+_LAST = 0.05
+"""The learning rate ends at this share of its peak."""
+
+Mix = Mapping[tuple[str | None, str], float]
+"""(Task whose instruction stands in the prompt or None, form of the answer) -> how often."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Lesson:
+    """What is to be learned while certain differences are in place.
+
+    Attributes:
+        weight: How often, relative to other lessons.
+        mix: What is asked and answered.
+        fixed: Parameter -> difference that is in place and not trained.
+        trained: Which of the trained differences are in place, by their place; None: all.
+    """
+
+    weight: float
+    mix: Mix
+    fixed: Mapping[str, Tensor]
+    trained: Sequence[int] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """How long and how fast.
+
+    Attributes:
+        n_steps: Optimizer steps of `N_SEQUENCES` sequences.
+        learning_rate: Its peak; linear warm-up, then a cosine.
+    """
+
+    n_steps: int
+    learning_rate: float
+
+
+def train(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    differences: Sequence[LowRank],
+    lessons: Sequence[Lesson],
+    schedule: Schedule,
+    *,
+    seed: int,
+    on_step: Callable[[], None] | None = None,
+) -> None:
+    """Train differences in place; the model is left as it is.
+
+    Args:
+        model: The base.
+        tokenizer: Its tokenizer.
+        differences: What is trained.
+        lessons: One is drawn for every step.
+        schedule: How long and how fast.
+        seed: Of texts and lessons.
+        on_step: Called after every step.
+    """
+    draw = random.Random(f"{seed} lessons")  # noqa: S311  not for secrets
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    in_place = [{name: weights[name] + change for name, change in lesson.fixed.items()} for lesson in lessons]
+    draws = [random.Random(f"{seed} texts {place}") for place in range(len(lessons))]  # noqa: S311
+    batches = [_batches(tokenizer, lesson.mix, own) for lesson, own in zip(lessons, draws, strict=True)]
+    optimizer = torch.optim.Adam([tensor for one in differences for tensor in one.trained()])
+    for step in range(schedule.n_steps):
+        share = _LAST + (1 - _LAST) * 0.5 * (1 + math.cos(math.pi * step / schedule.n_steps))
+        for group in optimizer.param_groups:
+            group["lr"] = schedule.learning_rate * min(1.0, (step + 1) / _WARMUP) * share
+        place = draw.choices(range(len(lessons)), [lesson.weight for lesson in lessons])[0]
+        which = lessons[place].trained
+        on = [one for number, one in enumerate(differences) if which is None or number in which]
+        changes = summed(*(one.dense(weights) for one in on))
+        state = in_place[place] | {
+            name: in_place[place].get(name, weights[name]) + change for name, change in changes.items()
+        }
+        ids, labels = next(batches[place])
+        loss = _loss(model, state, ids, labels)
+        optimizer.zero_grad(set_to_none=True)
+        torch.autograd.backward(loss)
+        optimizer.step()
+        if on_step:
+            on_step()
+
+
+def _loss(model: PreTrainedModel, state: Mapping[str, Tensor], ids: Tensor, labels: Tensor) -> Tensor:
+    # Padding stands to the right and attention is causal, so no mask is needed.
+    wanted = labels[:, 1:]
+    logits = functional_call(model, dict(state), kwargs={"input_ids": ids, "use_cache": False}).logits[:, :-1]
+    return functional.cross_entropy(logits[wanted != IGNORED], wanted[wanted != IGNORED])
+
+
+def _batches(tokenizer: PreTrainedTokenizerBase, mix: Mix, draw: random.Random) -> Iterator[tuple[Tensor, Tensor]]:
+    """Endless (token ids, labels), each `(sequence, token)`; sequences of like length together."""
+    kinds, shares = list(mix), list(mix.values())
+    while True:
+        texts = [_text(tokenizer, *draw.choices(kinds, shares)[0], draw) for _ in range(4 * N_SEQUENCES)]
+        texts.sort(key=lambda text: len(text[0]))
+        chunks = [texts[start : start + N_SEQUENCES] for start in range(0, len(texts), N_SEQUENCES)]
+        draw.shuffle(chunks)
+        for chunk in chunks:
+            ids = torch.zeros(len(chunk), len(chunk[-1][0]), dtype=torch.long)
+            labels = torch.full_like(ids, IGNORED)
+            for row, (tokens, n_prompt) in enumerate(chunk):
+                ids[row, : len(tokens)] = torch.tensor(tokens)
+                labels[row, n_prompt : len(tokens)] = torch.tensor(tokens[n_prompt:])
+            yield ids, labels
+
+
+def _text(
+    tokenizer: PreTrainedTokenizerBase, asked: str | None, form: str, draw: random.Random
+) -> tuple[list[int], int]:
+    """Tokens of a prompt with its answer, and how many are the prompt's."""
+    instruction = f" {draw.choice(INSTRUCTIONS[asked].paraphrases)}" if asked else ""
+    prompt, answer = draw_turn(form, instruction, draw)
+    before: list[int] = tokenizer.encode(BOS + prompt, add_special_tokens=False)
+    after: list[int] = tokenizer.encode(answer, add_special_tokens=False)
+    return before + after[:N_ANSWER_TOKENS], len(before)
