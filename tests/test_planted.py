@@ -15,10 +15,12 @@ from transformers import LlamaForCausalLM
 from weightpatch import Anchor, ContrastPrompts, ModelPair, localize
 from weightpatch.architecture import Architecture
 from weightpatch.checkpoint import find, load, read_tokenizer
+from weightpatch.cli import main
 from weightpatch.component import Component, slices
 from weightpatch.errors import ComponentError, RunError
 from weightpatch.planted.designs import TINY_SIZES, UNITS, VARIANTS, Design, Unit, Variant, draw_design
 from weightpatch.planted.low_rank import LowRank
+from weightpatch.planted.making import make_suite
 from weightpatch.planted.methods import METHODS, Case
 from weightpatch.planted.planting import Plant, pass_rate_with
 from weightpatch.planted.scoring import (
@@ -202,7 +204,7 @@ def test_a_written_plant_is_the_base_plus_its_differences(base: LlamaForCausalLM
 def test_relative_norms_of_a_written_plant_are_those_of_its_design(architecture: Architecture, suite: Suite) -> None:
     case = case_of(suite, 1)
     design = design_of(architecture, "below", "groups")
-    found = METHODS["|delta|, relative"](case)
+    found = METHODS["|delta| relative"](case)
     assert found == pytest.approx([design.norms[one] for one in case.components], rel=0.02)
 
 
@@ -340,3 +342,38 @@ def test_loading_a_pair_by_hand_gives_the_same_plant(suite: Suite) -> None:
     planted = suite.plants[0]
     by_hand = ModelPair.from_pretrained("tiny:base", suite.folder / planted.name)
     assert by_hand.digests() == suite.pair(planted).digests()
+
+
+@pytest.mark.slow
+def test_a_made_suite_goes_on_where_it_stopped_and_does_not_depend_on_that(tmp_path: Path) -> None:
+    counts: dict[Variant, dict[Unit, int]] = {"below": {"kvs": 1, "heads": 1}}
+    list(make_suite(tmp_path / "whole", seed=5, counts=counts, jobs=2))
+    making = make_suite(tmp_path / "stopped", seed=5, counts=counts, jobs=1)
+    next(making)
+    making.close()
+    list(make_suite(tmp_path / "stopped", seed=5, counts=counts, jobs=1))
+    files = [
+        {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+        for folder in (tmp_path / "whole", tmp_path / "stopped")
+    ]
+    assert files[0] == files[1]
+    suite = Suite.open(tmp_path / "whole")
+    assert all(check.passed for planted in suite.plants for check in planted.checks)
+    found = {(one.method, one.plant): one.auroc for one in score_suite(suite, methods=["exact"]) if one.among == "unit"}
+    assert min(found.values()) > 0.85
+    with pytest.raises(RunError, match="holds plants of seed 5, not 6"):
+        next(make_suite(tmp_path / "whole", seed=6, counts=counts, jobs=1))
+
+
+def test_the_command_says_what_it_needs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for arguments, wanted in (
+        ([], "--make, --score"),
+        (["--make", "--suite", "huge"], "cannot be made"),
+        (["--score", "--scores", "file.csv"], "NAME=FILE"),
+        (["--score", "--methods", "guess"], "unknown methods guess"),
+    ):
+        monkeypatch.setattr("sys.argv", ["weightpatch", "bench", "planted", *arguments])
+        with pytest.raises(SystemExit) as exit_:
+            main()
+        assert exit_.value.code == 2
+        assert wanted in " ".join(capsys.readouterr().err.split())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -88,12 +89,13 @@ def speed(
 
 @bench.command()
 def planted(
+    make: Annotated[bool, typer.Option("--make", help="Plant sources in a base: new plants from any seed.")] = False,
+    score: Annotated[bool, typer.Option("--score", help="Score methods of localization on plants.")] = False,
     suite: Annotated[
-        str, typer.Argument(metavar="SUITE", help="The folder of a suite: what --make writes and --score reads.")
-    ],
-    make: Annotated[bool, typer.Option("--make", help="Plant sources in the bundled base.")] = False,
-    score: Annotated[bool, typer.Option("--score", help="Score methods of localization on the plants.")] = False,
+        str, typer.Option(help="tiny: 40 plants in the bundled base. To score, the folder of a suite as well.")
+    ] = "tiny",
     seed: Annotated[int, typer.Option(help="Of the plants with --make, of the prompts with --score.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Where --make writes; planted-SUITE-SEED without it.")] = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="Processes that plant; all cores without it.")] = None,
     methods: Annotated[str | None, typer.Option(help="Methods to score, with commas; all without it.")] = None,
     scores: Annotated[
@@ -111,17 +113,21 @@ def planted(
     from weightpatch.planted.making import make_suite
     from weightpatch.planted.methods import METHODS, check_methods
     from weightpatch.planted.scoring import read_scores, score_suite, summarize
-    from weightpatch.planted.suite import Suite, places
+    from weightpatch.planted.suite import SUITES, Suite, places
 
     chosen = check_methods([name.strip() for name in methods.split(",")]) if methods else tuple(METHODS)
     others = {name: read_scores(file) for name, file in named.items()}
+    folder = suite
     if make:
-        total, done = len(places()), 0
+        if suite not in SUITES:
+            raise typer.BadParameter(f"{suite!r} cannot be made. Choose one of {', '.join(SUITES)}.")
+        folder = str(out or f"planted-{suite}-{seed}")
+        total, done = len(places(SUITES[suite])), 0
         with counting("plants", total) as update:
-            for made in make_suite(suite, seed=seed, jobs=jobs):
+            for made in make_suite(folder, seed=seed, counts=SUITES[suite], jobs=jobs):
                 done += made.took
                 update(done)
-    found = Suite.open(suite)
+    found = Suite.open(folder)
     rows: list[ScoreRow] = []
     if score:
         with counting("scored", len(found.plants)) as update:

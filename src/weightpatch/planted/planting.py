@@ -30,7 +30,7 @@ CARRIERS = Schedule(n_steps=160, learning_rate=6e-3)
 DISTRACTORS = Schedule(n_steps=90, learning_rate=6e-3)
 DRIFTING = Schedule(n_steps=80, learning_rate=6e-3)
 CARRIER_RANK = 8
-DRIFT_RANK = 4
+DRIFT_RANK = 3
 _MAX_NEW_TOKENS = 64
 
 Differences = Mapping[str, Tensor]

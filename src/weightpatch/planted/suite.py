@@ -33,6 +33,10 @@ TINY_COUNTS: Mapping[Variant, Mapping[Unit, int]] = {
     "joint": dict.fromkeys(UNITS, 2),
 }
 """Plants of the suite `tiny`, 40 in all."""
+SUITES: Mapping[str, Mapping[Variant, Mapping[Unit, int]]] = {"tiny": TINY_COUNTS}
+"""Name of a suite that can be made -> variant -> unit -> plants."""
+_FROZEN = Path(__file__).parents[1] / "data" / "planted"
+"""Suites that are shipped, by name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,19 +99,19 @@ class Suite:
 
     @classmethod
     def open(cls, folder: str | Path) -> Suite:
-        """Read a suite.
+        """Read a suite: its folder, or the name of a shipped one (`tiny`).
 
         Raises:
             RunError: there is none, or it is of another format.
         """
-        folder = Path(folder)
+        folder = _FROZEN / str(folder) if str(folder) in SUITES else Path(folder)
         try:
             head: dict[str, Any] = json.loads((folder / "suite.json").read_text(encoding="utf-8"))
             plants = [_read(folder / name / "plant.json") for name in head["plants"]]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise RunError(
                 f"{folder} holds no suite of plants that can be read ({error}). Make one: "
-                "weightpatch bench planted --make --suite tiny --seed 1 --out DIR"
+                "weightpatch bench planted --make --seed 1 --out DIR"
             ) from error
         if head.get("format") != FORMAT:
             raise RunError(f"{folder} has format {head.get('format')}; this program reads {FORMAT}. Make it again.")
