@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -102,6 +103,7 @@ def planted(
         list[str] | None,
         typer.Option(help="Scores of another tool, NAME=FILE: a CSV file of plant, component, score. Repeatable."),
     ] = None,
+    figure: Annotated[Path | None, typer.Option(help="Where to write the figure, an HTML file.")] = None,
     n_queries: Annotated[int, typer.Option(min=4, help="Queries to fit each anchor on, and as many to measure.")] = 12,
     as_json: AsJson = False,
 ) -> None:
@@ -140,6 +142,11 @@ def planted(
                 on_plant=lambda name: update(1 + [one.name for one in found.plants].index(name)),
             )
         rows = summarize(every)
+        if figure:
+            from weightpatch.planted.figure import score_figure
+
+            score_figure(rows).write_html(figure, include_plotlyjs=True)
+            print(f"figure: {figure}", file=sys.stderr)
     if as_json:
         print_json({"rows": [known(asdict(row)) for row in rows], "plants": len(found.plants)})
         return
