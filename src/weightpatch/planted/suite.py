@@ -35,8 +35,6 @@ TINY_COUNTS: Mapping[Variant, Mapping[Unit, int]] = {
 """Plants of the suite `tiny`, 40 in all."""
 SUITES: Mapping[str, Mapping[Variant, Mapping[Unit, int]]] = {"tiny": TINY_COUNTS}
 """Name of a suite that can be made -> variant -> unit -> plants."""
-_FROZEN = Path(__file__).parents[1] / "data" / "planted"
-"""Suites that are shipped, by name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,12 +97,12 @@ class Suite:
 
     @classmethod
     def open(cls, folder: str | Path) -> Suite:
-        """Read a suite: its folder, or the name of a shipped one (`tiny`).
+        """Read a suite.
 
         Raises:
             RunError: there is none, or it is of another format.
         """
-        folder = _FROZEN / str(folder) if str(folder) in SUITES else Path(folder)
+        folder = Path(folder)
         try:
             head: dict[str, Any] = json.loads((folder / "suite.json").read_text(encoding="utf-8"))
             plants = [_read(folder / name / "plant.json") for name in head["plants"]]
