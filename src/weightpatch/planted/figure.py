@@ -68,4 +68,5 @@ def score_figure(rows: Sequence[Row], *, among: str = "unit") -> go.Figure:
     figure.update_xaxes(range=[0, 1.05], dtick=0.5, title_text="AUROC")
     figure.update_yaxes(autorange="reversed")
     height = 150 + _HEIGHT_OF_METHOD * len(methods)
-    return styled(figure, title="How well methods find planted carriers", height=height, top=90)
+    styled(figure, title="How well methods find planted carriers", height=height, top=110)
+    return figure.update_layout(legend={"y": 1 + 24 / (height - 150)})  # above the panels' titles
