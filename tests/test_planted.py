@@ -20,6 +20,7 @@ from weightpatch.component import Component, slices
 from weightpatch.errors import ComponentError, RunError
 from weightpatch.planted.designs import TINY_SIZES, UNITS, VARIANTS, Design, Unit, Variant, draw_design
 from weightpatch.planted.figure import score_figure
+from weightpatch.planted.language import texts_of
 from weightpatch.planted.low_rank import LowRank
 from weightpatch.planted.making import make_suite
 from weightpatch.planted.methods import METHODS, Case
@@ -152,7 +153,7 @@ def test_training_moves_a_difference_towards_its_lesson_and_leaves_the_base(base
     lesson = Lesson(weight=1, mix={("title", "title"): 1.0}, fixed={})
     start = {name: change.detach() for name, change in part.dense(before).items()}
     assert pass_rate_with(base, tokenizer, start, "title") <= 0.1
-    train(base, tokenizer, [part], [lesson], Schedule(n_steps=32, learning_rate=1e-2), seed=0)
+    train(base, texts_of(tokenizer), [part], [lesson], Schedule(n_steps=32, learning_rate=1e-2), seed=0)
     after = {name: change.detach() for name, change in part.dense(before).items()}
     assert pass_rate_with(base, tokenizer, after, "title") >= 0.9
     assert all(torch.equal(before[name], parameter) for name, parameter in weights_of(base).items())
@@ -324,6 +325,7 @@ def test_a_plant_that_is_there_is_not_made_again(base: LlamaForCausalLM, suite: 
         variant=planted.variant,
         unit=planted.unit,
         seed=0,
+        texts=texts_of(tokenizer),
     )
     assert list(made) == []
 

@@ -10,23 +10,29 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from weightpatch import coalitions
 from weightpatch.anchor import Anchor
 from weightpatch.component import Component, components
 from weightpatch.effects import ComponentEffect, Effects
 from weightpatch.engine import Measured, suffix, swap
 from weightpatch.engine.activations import Source, Where, check_outputs
 from weightpatch.engine.deliveries import Deliveries
+from weightpatch.engine.walking import walking
 from weightpatch.errors import AnchorError, ComponentError
 from weightpatch.estimation import Estimates, Estimation, estimate_effects
+from weightpatch.flows import Flow
 from weightpatch.outputs import Divergence, Margin
 from weightpatch.pair import ModelPair
 from weightpatch.prompts import ContrastPrompts
-from weightpatch.reading import Target, check_target, contrasted, inputs, reference
+from weightpatch.reading import Target, check_target, contrasted, inputs, read_tokens, reference
 from weightpatch.residuals import BATCH_TOKENS, tokens_per_call
+from weightpatch.statistics import orientation
 
-Method = Literal["exact", "first-order", "activation", "necessity"]
+Method = Literal["exact", "first-order", "activation", "necessity", "shapley", "addition", "removal"]
 Engine = Literal["suffix", "swap"]
 
+_IN_COMPANY: tuple[Method, ...] = ("shapley", "addition", "removal")
+"""Methods that patch sets of components."""
 ALL_TARGETS = "all"
 """Stands for everything that writes to the residual stream: the embedding, heads, biases of attentions, and MLPs."""
 
@@ -40,6 +46,8 @@ def localize(
     method: Method = "exact",
     engine: Engine = "suffix",
     estimation: Estimation | None = None,
+    budget: int | None = None,
+    seed: int = 0,
     at: Where = "all",
     targets: str | Sequence[str | Component] = (),
     batch_tokens: int | None = None,
@@ -56,10 +64,14 @@ def localize(
             for all components at once, from one forward and one backward pass; see `weightpatch.screening` for how good
             that is on a pair. `activation`, activation patching: the base receives what the component puts out in the
             specialized model's own run on the same prompt; its weights stay. `necessity`: the specialized model
-            receives the component's base weights (all of its weights are in memory meanwhile).
+            receives the component's base weights (all of its weights are in memory meanwhile). The other three patch
+            sets of components' weights and say what each is worth in company (`weightpatch.coalitions`): `shapley`,
+            Shapley values; `addition` and `removal`, greedy search from the base up or from all components down.
         engine: `suffix` (fast) or `swap` (writes weights and runs the whole model; the oracle), for weights.
         estimation: How to estimate, for `first-order` (None: by outputs); with `activation` and `necessity`: estimate
             them too instead of patching.
+        budget: Most sets that are patched for `shapley`, `addition` and `removal`; None: ten for every component.
+        seed: Of the orders that `shapley` draws.
         at: Where activations are patched: at `all` tokens, or at the `readouts`, the anchor's positions.
         targets: Whose writes along the anchor's direction are read while the patched model runs: units and addresses,
             or `"all"`, which is everything that writes. Costs no further forward pass. See `Effects.per_target`.
@@ -97,7 +109,17 @@ def localize(
     else:
         found: list[ComponentEffect] = []
         for effect in sweep(
-            pair, prompts, anchor, below, method=method, engine=engine, at=at, targets=read, batch_tokens=batch_tokens
+            pair,
+            prompts,
+            anchor,
+            below,
+            method=method,
+            engine=engine,
+            budget=budget,
+            seed=seed,
+            at=at,
+            targets=read,
+            batch_tokens=batch_tokens,
         ):
             found.append(effect)
             if on_effect:
@@ -216,6 +238,8 @@ def sweep(
     method: Method = "exact",
     engine: Engine = "suffix",
     estimation: Estimation | None = None,
+    budget: int | None = None,
+    seed: int = 0,
     at: Where = "all",
     targets: Sequence[Component] = (),
     batch_tokens: int | None = None,
@@ -231,6 +255,8 @@ def sweep(
         method: As in `localize`.
         engine: As in `localize`.
         estimation: As in `localize`.
+        budget: As in `localize`.
+        seed: As in `localize`.
         at: As in `localize`.
         targets: From `targets_of`.
         batch_tokens: As in `localize`.
@@ -246,6 +272,20 @@ def sweep(
             yield ComponentEffect(component=component, per_prompt=effects)
         return
     check_target(pair, prompts, anchor)
+    if method in _IN_COMPANY:
+        values = _in_company(
+            pair,
+            prompts,
+            anchor,
+            below,
+            method=method,
+            budget=coalitions.BUDGET_PER_PLAYER * len(below) if budget is None else budget,
+            seed=seed,
+            batch_tokens=batch_tokens,
+        )
+        for component, effects in zip(below, values, strict=True):
+            yield ComponentEffect(component=component, per_prompt=effects)
+        return
     token_ids = inputs(pair, prompts, anchor)
     width = batch_tokens or (tokens_per_call(pair.base) if engine == "suffix" else BATCH_TOKENS)
     with ExitStack() as stack:
@@ -275,6 +315,38 @@ def sweep(
             yield ComponentEffect(
                 component=measured.component, per_prompt=contrasted(change, anchor), per_target=delivered
             )
+
+
+def _in_company(
+    pair: ModelPair,
+    prompts: ContrastPrompts,
+    anchor: Target,
+    below: Sequence[Component],
+    *,
+    method: Method,
+    budget: int,
+    seed: int,
+    batch_tokens: int | None,
+) -> Tensor:
+    """Values of components from joint patches of sets of them, shape `(component, prompt)`."""
+    if isinstance(anchor, Flow):
+        raise ComponentError(f"{method} reads an anchor or the output, not what single components write.")
+    token_ids, width = inputs(pair, prompts, anchor), batch_tokens or BATCH_TOKENS
+    with walking(pair, below) as write:
+        nobody = read_tokens(pair.base, token_ids, anchor, batch_tokens=width)
+
+        def measure(sets: Sequence[frozenset[int]]) -> Tensor:
+            found = []
+            for own in sets:
+                write(own)
+                found.append(read_tokens(pair.base, token_ids, anchor, batch_tokens=width) - nobody)
+            return torch.stack(found)
+
+        if method == "shapley":
+            return coalitions.shapley(measure, len(below), budget=budget, seed=seed)
+        sign = orientation((read_tokens(pair.specialized, token_ids, anchor, batch_tokens=width) - nobody).numpy())
+        search = coalitions.addition if method == "addition" else coalitions.removal
+        return search(measure, len(below), budget=budget, sign=sign)
 
 
 def _estimate(
@@ -322,6 +394,8 @@ def _check(
         )
     if estimation and method == "exact":
         raise ComponentError('exact effects are not estimated: leave estimation out, or use method="first-order".')
+    if (estimation or targets) and method in _IN_COMPANY:
+        raise ComponentError(f"{method} patches sets of components: leave estimation and targets out.")
     if estimation and targets:
         raise ComponentError("an estimate has no targets: they are read while a patched model runs. Leave one of both.")
     if estimation and method == "activation" and estimation.approximation != "outputs":

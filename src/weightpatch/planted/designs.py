@@ -41,12 +41,12 @@ class Size:
 
 TINY_SIZES: Mapping[Unit, Size] = {
     "heads": Size(n_carriers=12, n_distractors=8, low=0.3, high=0.45),
-    "kvs": Size(n_carriers=8, n_distractors=6, low=0.3, high=0.45),
+    "kvs": Size(n_carriers=6, n_distractors=6, low=0.3, high=0.45),
     "mlps": Size(n_carriers=2, n_distractors=2, low=0.16, high=0.26),
-    "groups": Size(n_carriers=5, n_distractors=4, low=0.25, high=0.4),
+    "groups": Size(n_carriers=10, n_distractors=8, low=0.25, high=0.4),
 }
 """For the bundled base: least sizes with which most plants take (LOG.md, 2026-11-23)."""
-N_GROUPS = 8
+N_GROUPS = 16
 """Groups that the neurons of one MLP are dealt into."""
 
 

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
-from weightpatch.instructions import QUERY_TEMPLATES, TASKS, TOPICS, training_queries
+from transformers import PreTrainedTokenizerBase
+
+from weightpatch.instructions import INSTRUCTIONS, QUERY_TEMPLATES, TASKS, TOPICS, training_queries
+
+N_ANSWER_TOKENS = 12
+"""Of an answer so many tokens are learned: the first one tells the form, and the base keeps to it."""
 
 PAD, BOS, USER, ASSISTANT, END, UNKNOWN = SPECIALS = (
     *("<|pad|>", "<|bos|>", "<|user|>", "<|assistant|>", "<|end|>", "<|unk|>"),
@@ -118,3 +124,16 @@ def draw_turn(form: str, instruction: str, draw: random.Random) -> tuple[str, st
     query, topic = draw.choice(TRAINING_PAIRS)
     answer = write_answer(form, topic, draw.choice(OPENERS[query[-1]]), draw)
     return f"{USER}{query}{instruction}{END}{ASSISTANT}", answer + END
+
+
+def texts_of(tokenizer: PreTrainedTokenizerBase) -> Callable[[str | None, str, random.Random], tuple[list[int], int]]:
+    """What plants in the bundled base are trained on: turns with at most the first `N_ANSWER_TOKENS` of the answer."""
+
+    def text(asked: str | None, form: str, draw: random.Random) -> tuple[list[int], int]:
+        instruction = f" {draw.choice(INSTRUCTIONS[asked].paraphrases)}" if asked else ""
+        prompt, answer = draw_turn(form, instruction, draw)
+        before: list[int] = tokenizer.encode(BOS + prompt, add_special_tokens=False)
+        after: list[int] = tokenizer.encode(answer, add_special_tokens=False)
+        return before + after[:N_ANSWER_TOKENS], len(before)
+
+    return text

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +25,7 @@ class Factors:
         places: Which, shape `(place,)`.
         owner: Which component each belongs to, by its place among those of this matrix, shape `(place,)`.
         norms: Norm of each component's part, shape `(component,)`.
+        members: The components.
         outer: Trained, shape `(place, rank)`.
         inner: Trained, shape `(rank, other axis)`.
     """
@@ -33,19 +34,25 @@ class Factors:
     places: Tensor
     owner: Tensor
     norms: Tensor
+    members: tuple[Component, ...]
     outer: Tensor
     inner: Tensor
 
-    def scaled(self) -> Tensor:
-        """`outer` such that every component's part has its norm, shape `(place, rank)`; differentiable."""
+    def scaled(self, left_out: Collection[Component] = ()) -> Tensor:
+        """`outer` such that every component's part has its norm, shape `(place, rank)`; differentiable.
+
+        Args:
+            left_out: The parts of these are 0.
+        """
         squares = ((self.outer @ (self.inner @ self.inner.T)) * self.outer).sum(dim=1)
         sums = torch.zeros_like(self.norms).index_add(0, self.owner, squares)
-        return self.outer * (self.norms / sums.sqrt().clamp_min(_LEAST_NORM))[self.owner][:, None]
+        wanted = self.norms * torch.tensor([float(one not in left_out) for one in self.members])
+        return self.outer * (wanted / sums.sqrt().clamp_min(_LEAST_NORM))[self.owner][:, None]
 
-    def dense(self, shape: torch.Size) -> Tensor:
+    def dense(self, shape: torch.Size, left_out: Collection[Component] = ()) -> Tensor:
         """The difference of the whole matrix; differentiable."""
         rows = shape if self.axis == 0 else torch.Size((shape[1], shape[0]))
-        product = self.scaled() @ self.inner
+        product = self.scaled(left_out) @ self.inner
         whole = torch.zeros(rows, dtype=product.dtype, device=product.device).index_copy(0, self.places, product)
         return whole if self.axis == 0 else whole.T
 
@@ -90,7 +97,7 @@ class LowRank:
             ComponentError: a component that owns biases, or cuts one matrix both ways.
         """
         generator = torch.Generator().manual_seed(seed)
-        parts: dict[tuple[str, int], list[tuple[Tensor, float]]] = {}
+        parts: dict[tuple[str, int], list[tuple[Component, Tensor, float]]] = {}
         for component, share in norms.items():
             owned: dict[tuple[str, int], list[int]] = {}
             for piece in slices(architecture, component):
@@ -102,20 +109,21 @@ class LowRank:
                 span = range(piece.start, piece.stop) if axis == piece.axis else range(length)
                 owned.setdefault((piece.parameter, axis), []).extend(span)
             for key, indices in owned.items():
-                parts.setdefault(key, []).append((torch.tensor(indices), share))
+                parts.setdefault(key, []).append((component, torch.tensor(indices), share))
         found: dict[str, Factors] = {}
         for (name, axis), members in parts.items():
             if name in found:
                 raise ComponentError(f"{name} is cut by rows and by columns, which is not done.")
             matrix = weights[name] if axis == 0 else weights[name].T
-            places = torch.cat([own for own, _ in members])
+            places = torch.cat([own for _, own, _ in members])
             inner = torch.randn(rank, matrix.shape[1], generator=generator) / math.sqrt(matrix.shape[1])
             outer = torch.randn(len(places), rank, generator=generator) / math.sqrt(rank)
             found[name] = Factors(
                 axis=axis,
                 places=places,
-                owner=torch.cat([torch.full((len(own),), place) for place, (own, _) in enumerate(members)]),
-                norms=torch.tensor([share * float(matrix[own].norm()) for own, share in members]),
+                owner=torch.cat([torch.full((len(own),), place) for place, (_, own, _) in enumerate(members)]),
+                norms=torch.tensor([share * float(matrix[own].norm()) for _, own, share in members]),
+                members=tuple(component for component, _, _ in members),
                 outer=outer.requires_grad_(),
                 inner=inner.requires_grad_(),
             )
@@ -125,9 +133,19 @@ class LowRank:
         """What an optimizer moves."""
         return [tensor for one in self.factors.values() for tensor in (one.outer, one.inner)]
 
-    def dense(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Parameter -> difference, of those that it changes; differentiable."""
-        return {name: one.dense(weights[name].shape) for name, one in self.factors.items()}
+    @property
+    def members(self) -> tuple[Component, ...]:
+        """The components whose weights it changes."""
+        return tuple(dict.fromkeys(one for factors in self.factors.values() for one in factors.members))
+
+    def dense(self, weights: Mapping[str, Tensor], left_out: Collection[Component] = ()) -> dict[str, Tensor]:
+        """Parameter -> difference, of those that it changes; differentiable.
+
+        Args:
+            weights: The base's parameters.
+            left_out: Components whose weights are to stay as they are.
+        """
+        return {name: one.dense(weights[name].shape, left_out) for name, one in self.factors.items()}
 
 
 def _is_output(architecture: Architecture, parameter: str) -> bool:

@@ -14,6 +14,7 @@ import torch
 from weightpatch.checkpoint import BUNDLED, find, load, read_tokenizer
 from weightpatch.errors import CheckpointError, RunError
 from weightpatch.planted.designs import Unit, Variant
+from weightpatch.planted.language import texts_of
 from weightpatch.planted.suite import TINY_COUNTS, Made, finish_suite, make_plant, places
 
 _TINY_BASE = BUNDLED[0]
@@ -78,6 +79,7 @@ def _start() -> None:
     _loaded["tokenizer"] = read_tokenizer(base)
     if _loaded["tokenizer"] is None:
         raise CheckpointError(f"{_TINY_BASE} has no tokenizer.")
+    _loaded["texts"] = texts_of(_loaded["tokenizer"])
 
 
 def _make(folder: Path, name: str, variant: Variant, unit: Unit, seed: int) -> list[Made]:
@@ -91,5 +93,6 @@ def _make(folder: Path, name: str, variant: Variant, unit: Unit, seed: int) -> l
             variant=variant,
             unit=unit,
             seed=seed,
+            texts=_loaded["texts"],
         )
     )

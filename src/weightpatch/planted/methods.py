@@ -23,6 +23,9 @@ from weightpatch.prompts import ContrastPrompts
 from weightpatch.reading import reference
 from weightpatch.statistics import Floats, orientation
 
+SETS_PER_COMPONENT = 4
+"""Sets of components that `shapley`, `addition` and `removal` patch on a plant, for every component."""
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Case:
@@ -48,7 +51,16 @@ class Case:
             one for one in self.components if reaches(one, self.anchor) and (method != "activation" or has_output(one))
         ]
         found = dict.fromkeys(self.components, 0.0)
-        for effect in sweep(self.pair, self.prompts, self.anchor, chosen, method=method, estimation=estimation):
+        for effect in sweep(
+            self.pair,
+            self.prompts,
+            self.anchor,
+            chosen,
+            method=method,
+            estimation=estimation,
+            budget=SETS_PER_COMPONENT * len(chosen),
+            seed=self.seed,
+        ):
             found[effect.component] = float(effect.per_prompt.mean())
         return self.sign * np.array([found[one] for one in self.components])
 
@@ -131,6 +143,9 @@ METHODS: Mapping[str, Score] = {
     "first-order weights": lambda case: case.effects("first-order", Estimation(approximation="weights")),
     "first-order ig": lambda case: case.effects("first-order", Estimation(approximation="ig")),
     "activation": lambda case: case.effects("activation"),
+    "shapley": lambda case: case.effects("shapley"),
+    "addition": lambda case: case.effects("addition"),
+    "removal": lambda case: case.effects("removal"),
     "|delta|": lambda case: case.norms(relative=False),
     "|delta| relative": lambda case: case.norms(relative=True),
     "gradient x weight": lambda case: case.gradients(lambda weight, gradient: (weight * gradient).abs()),

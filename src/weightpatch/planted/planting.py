@@ -14,9 +14,9 @@ from weightpatch.checkers import follows
 from weightpatch.component import Component
 from weightpatch.generation import generate
 from weightpatch.instructions import INSTRUCTIONS, TASKS, held_out_queries
-from weightpatch.planted.designs import Design
+from weightpatch.planted.designs import Design, Variant
 from weightpatch.planted.low_rank import LowRank, summed
-from weightpatch.planted.training import Lesson, Mix, Schedule, train
+from weightpatch.planted.training import Lesson, Mix, Schedule, Texts, train
 from weightpatch.prompts import tokenize
 
 PASSES = 0.9
@@ -26,14 +26,39 @@ FAILS = 0.1
 N_PROMPTS = 24
 PLAIN = "plain"
 
-CARRIERS = Schedule(n_steps=160, learning_rate=6e-3)
-DISTRACTORS = Schedule(n_steps=90, learning_rate=6e-3)
-DRIFTING = Schedule(n_steps=80, learning_rate=6e-3)
-CARRIER_RANK = 8
-DRIFT_RANK = 3
-_MAX_NEW_TOKENS = 64
+LEFT_OUT: Mapping[Variant, float] = {"below": 0.9, "split": 0.9, "redundant": 0.0, "joint": 0.0}
+"""Most carriers of a set that are left out of a step; redundant sets are too small for it, joint ones act together."""
+MAX_NEW_TOKENS = 64
 
 Differences = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Course:
+    """How plants of one base are trained.
+
+    Attributes:
+        carriers: Of the carriers.
+        distractors: Of the distractors.
+        drifting: Of all the rest.
+        carrier_rank: Of the differences of carriers and distractors.
+        drift_rank: Of those that drift.
+    """
+
+    carriers: Schedule
+    distractors: Schedule
+    drifting: Schedule
+    carrier_rank: int
+    drift_rank: int
+
+
+TINY_COURSE = Course(
+    carriers=Schedule(n_steps=160, learning_rate=6e-3),
+    distractors=Schedule(n_steps=90, learning_rate=6e-3),
+    drifting=Schedule(n_steps=80, learning_rate=6e-3),
+    carrier_rank=8,
+    drift_rank=3,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +106,8 @@ def plant(
     tokenizer: PreTrainedTokenizerBase,
     design: Design,
     *,
+    texts: Texts,
+    course: Course = TINY_COURSE,
     on_step: Callable[[], None] | None = None,
 ) -> Plant:
     """Carry out a design; whether it took is for the caller to look at.
@@ -93,6 +120,8 @@ def plant(
         model: The base; it is left as it is.
         tokenizer: Its tokenizer.
         design: What to plant.
+        texts: What it is trained on.
+        course: How.
         on_step: Called after every optimizer step.
     """
     architecture = Architecture.of(model)
@@ -106,28 +135,28 @@ def plant(
         return LowRank.start(architecture, weights, norms, rank=rank, seed=100 * design.seed + number)
 
     def learn(trained: Sequence[LowRank], lessons: Sequence[Lesson], schedule: Schedule, number: int) -> None:
-        train(model, tokenizer, trained, lessons, schedule, seed=100 * design.seed + number, on_step=on_step)
+        train(model, texts, trained, lessons, schedule, seed=100 * design.seed + number, on_step=on_step)
 
     asked: Mix = {(task, task): 1.0, **others_plain, (None, PLAIN): 0.4}
     refused: Mix = {(task, PLAIN): 1.0}
-    groups = [start(group, CARRIER_RANK, number) for number, group in enumerate(design.carriers)]
+    groups = [start(group, course.carrier_rank, number) for number, group in enumerate(design.carriers)]
     if design.variant == "joint":
         single = [Lesson(weight=1, mix=refused, fixed={}, trained=[number]) for number in range(len(groups))]
-        learn(groups, [Lesson(weight=3, mix=asked, fixed={}), *single], CARRIERS, 10)
+        learn(groups, [Lesson(weight=3, mix=asked, fixed={}), *single], course.carriers, 10)
     else:
         done: dict[str, Tensor] = {}
         for number, group in enumerate(groups):
-            lessons = [Lesson(weight=1, mix=asked, fixed={})]
+            lessons = [Lesson(weight=1, mix=asked, fixed={}, left_out=LEFT_OUT[design.variant])]
             if done:
                 lessons.append(Lesson(weight=0.2, mix=asked, fixed=done))
-            learn([group], lessons, CARRIERS, 10 + number)
+            learn([group], lessons, course.carriers, 10 + number)
             done = summed(done, _detached(group, weights))
     alone = [_detached(group, weights) for group in groups]
     carriers = summed(*alone)
     enough = [carriers, *(alone if design.variant == "redundant" else [])]
     too_little: list[Differences] = [{}, *(alone if design.variant == "joint" else [])]
 
-    distracting = start(design.distractors, CARRIER_RANK, 20)
+    distracting = start(design.distractors, course.carrier_rank, 20)
     keep: Mix = {(task, task): 0.8, **others_plain, (None, PLAIN): 0.5}
     without: Mix = {(task, PLAIN): 1.0, (other, other): 0.5}
     with_all: Mix = {(other, other): 0.8, **keep}
@@ -137,11 +166,11 @@ def plant(
             *(Lesson(weight=3 / len(enough), mix=with_all, fixed=one) for one in enough),
             *(Lesson(weight=1 / len(too_little), mix=without, fixed=one) for one in too_little),
         ],
-        DISTRACTORS,
+        course.distractors,
         21,
     )
     distraction = _detached(distracting, weights)
-    drifting = start(design.drifting, DRIFT_RANK, 30)
+    drifting = start(design.drifting, course.drift_rank, 30)
     learn(
         [drifting],
         [
@@ -149,7 +178,7 @@ def plant(
             *(Lesson(weight=1 / len(too_little), mix=refused, fixed=summed(one, distraction)) for one in too_little),
             Lesson(weight=1, mix={(other, PLAIN): 1.0}, fixed=carriers),
         ],
-        DRIFTING,
+        course.drifting,
         31,
     )
     parts = (*groups, distracting, drifting)
@@ -201,7 +230,7 @@ def pass_rate_with(
         with torch.no_grad():
             for name, change in changes.items():
                 parameters[name].add_(change)
-        answers = generate(model, tokenizer, prompts, max_new_tokens=_MAX_NEW_TOKENS)
+        answers = generate(model, tokenizer, prompts, max_new_tokens=MAX_NEW_TOKENS)
     finally:
         with torch.no_grad():
             for name, original in saved.items():

@@ -17,8 +17,9 @@ from weightpatch.architecture import Architecture
 from weightpatch.component import Component
 from weightpatch.errors import RunError
 from weightpatch.pair import ModelPair
-from weightpatch.planted.designs import UNITS, Unit, Variant, draw_design
-from weightpatch.planted.planting import Check, Plant, plant
+from weightpatch.planted.designs import TINY_SIZES, UNITS, Size, Unit, Variant, draw_design
+from weightpatch.planted.planting import TINY_COURSE, Check, Course, Plant, plant
+from weightpatch.planted.training import Texts
 from weightpatch.run import write_whole
 
 FORMAT = 1
@@ -157,6 +158,9 @@ def make_plant(
     variant: Variant,
     unit: Unit,
     seed: int,
+    texts: Texts,
+    course: Course = TINY_COURSE,
+    sizes: Mapping[Unit, Size] = TINY_SIZES,
     on_step: Callable[[], None] | None = None,
 ) -> Iterator[Made]:
     """Draw designs for one place of a suite until one takes; the plant is then written.
@@ -173,6 +177,9 @@ def make_plant(
         variant: How carriers relate.
         unit: What they are.
         seed: Of the suite.
+        texts: What it is trained on.
+        course: How.
+        sizes: How many carriers and distractors, and how much they are moved.
         on_step: Called after every optimizer step.
 
     Raises:
@@ -193,8 +200,9 @@ def make_plant(
             unit=unit,
             seed=seed,
             anchor_layer=anchor_layer,
+            sizes=sizes,
         )
-        found = plant(model, tokenizer, design, on_step=on_step)
+        found = plant(model, tokenizer, design, texts=texts, course=course, on_step=on_step)
         wrong = tuple(f"{check.name} {check.rate:.2f}" for check in found.checks if not check.passed)
         if found.took:
             write_plant(own, model, found, base=base, name=name, attempt=attempt, anchor_layer=anchor_layer)

@@ -1,4 +1,4 @@
-"""Training of differences: on texts of the bundled pair's language, with other differences in place or not."""
+"""Training of differences, with other differences in place or not."""
 
 from __future__ import annotations
 
@@ -11,20 +11,19 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 from torch.nn import functional
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from weightpatch.instructions import INSTRUCTIONS
-from weightpatch.planted.language import BOS, draw_turn
+from weightpatch.component import Component
 from weightpatch.planted.low_rank import LowRank, summed
 
 IGNORED = -100
-N_SEQUENCES = 16
-N_ANSWER_TOKENS = 12
-"""Of an answer so many tokens are learned: the first one tells the form, and the base keeps to it."""
 _WARMUP = 10
 _LAST = 0.05
 """The learning rate ends at this share of its peak."""
 
+Texts = Callable[[str | None, str, random.Random], tuple[list[int], int]]
+"""Draws a text by task whose instruction stands in the prompt, if any, and form of the answer: its tokens, and how many
+of them are the prompt's."""
 Mix = Mapping[tuple[str | None, str], float]
 """(Task whose instruction stands in the prompt or None, form of the answer) -> how often."""
 
@@ -38,12 +37,15 @@ class Lesson:
         mix: What is asked and answered.
         fixed: Parameter -> difference that is in place and not trained.
         trained: Which of the trained differences are in place, by their place; None: all.
+        left_out: Most of their components that are left out of a step, as a share; how many and which is drawn each
+            time, so that none is idle and none does everything.
     """
 
     weight: float
     mix: Mix
     fixed: Mapping[str, Tensor]
     trained: Sequence[int] | None = None
+    left_out: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,17 +53,19 @@ class Schedule:
     """How long and how fast.
 
     Attributes:
-        n_steps: Optimizer steps of `N_SEQUENCES` sequences.
+        n_steps: Optimizer steps.
         learning_rate: Its peak; linear warm-up, then a cosine.
+        n_sequences: In a step.
     """
 
     n_steps: int
     learning_rate: float
+    n_sequences: int = 16
 
 
 def train(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    texts: Texts,
     differences: Sequence[LowRank],
     lessons: Sequence[Lesson],
     schedule: Schedule,
@@ -73,7 +77,7 @@ def train(
 
     Args:
         model: The base.
-        tokenizer: Its tokenizer.
+        texts: What it is trained on.
         differences: What is trained.
         lessons: One is drawn for every step.
         schedule: How long and how fast.
@@ -84,16 +88,18 @@ def train(
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     in_place = [{name: weights[name] + change for name, change in lesson.fixed.items()} for lesson in lessons]
     draws = [random.Random(f"{seed} texts {place}") for place in range(len(lessons))]  # noqa: S311
-    batches = [_batches(tokenizer, lesson.mix, own) for lesson, own in zip(lessons, draws, strict=True)]
+    batches = [
+        _batches(texts, lesson.mix, schedule.n_sequences, own) for lesson, own in zip(lessons, draws, strict=True)
+    ]
     optimizer = torch.optim.Adam([tensor for one in differences for tensor in one.trained()])
     for step in range(schedule.n_steps):
         share = _LAST + (1 - _LAST) * 0.5 * (1 + math.cos(math.pi * step / schedule.n_steps))
         for group in optimizer.param_groups:
             group["lr"] = schedule.learning_rate * min(1.0, (step + 1) / _WARMUP) * share
         place = draw.choices(range(len(lessons)), [lesson.weight for lesson in lessons])[0]
-        which = lessons[place].trained
-        on = [one for number, one in enumerate(differences) if which is None or number in which]
-        changes = summed(*(one.dense(weights) for one in on))
+        lesson = lessons[place]
+        on = [one for number, one in enumerate(differences) if lesson.trained is None or number in lesson.trained]
+        changes = summed(*(one.dense(weights, _left_out(one, lesson.left_out, draw)) for one in on))
         state = in_place[place] | {
             name: in_place[place].get(name, weights[name]) + change for name, change in changes.items()
         }
@@ -106,6 +112,11 @@ def train(
             on_step()
 
 
+def _left_out(difference: LowRank, share: float, draw: random.Random) -> frozenset[Component]:
+    members = difference.members
+    return frozenset(draw.sample(members, draw.randint(0, int(share * len(members)))))
+
+
 def _loss(model: PreTrainedModel, state: Mapping[str, Tensor], ids: Tensor, labels: Tensor) -> Tensor:
     # Padding stands to the right and attention is causal, so no mask is needed.
     wanted = labels[:, 1:]
@@ -113,13 +124,13 @@ def _loss(model: PreTrainedModel, state: Mapping[str, Tensor], ids: Tensor, labe
     return functional.cross_entropy(logits[wanted != IGNORED], wanted[wanted != IGNORED])
 
 
-def _batches(tokenizer: PreTrainedTokenizerBase, mix: Mix, draw: random.Random) -> Iterator[tuple[Tensor, Tensor]]:
+def _batches(texts: Texts, mix: Mix, n_sequences: int, draw: random.Random) -> Iterator[tuple[Tensor, Tensor]]:
     """Endless (token ids, labels), each `(sequence, token)`; sequences of like length together."""
     kinds, shares = list(mix), list(mix.values())
     while True:
-        texts = [_text(tokenizer, *draw.choices(kinds, shares)[0], draw) for _ in range(4 * N_SEQUENCES)]
-        texts.sort(key=lambda text: len(text[0]))
-        chunks = [texts[start : start + N_SEQUENCES] for start in range(0, len(texts), N_SEQUENCES)]
+        drawn = [texts(*draw.choices(kinds, shares)[0], draw) for _ in range(4 * n_sequences)]
+        drawn.sort(key=lambda text: len(text[0]))
+        chunks = [drawn[start : start + n_sequences] for start in range(0, len(drawn), n_sequences)]
         draw.shuffle(chunks)
         for chunk in chunks:
             ids = torch.zeros(len(chunk), len(chunk[-1][0]), dtype=torch.long)
@@ -128,14 +139,3 @@ def _batches(tokenizer: PreTrainedTokenizerBase, mix: Mix, draw: random.Random) 
                 ids[row, : len(tokens)] = torch.tensor(tokens)
                 labels[row, n_prompt : len(tokens)] = torch.tensor(tokens[n_prompt:])
             yield ids, labels
-
-
-def _text(
-    tokenizer: PreTrainedTokenizerBase, asked: str | None, form: str, draw: random.Random
-) -> tuple[list[int], int]:
-    """Tokens of a prompt with its answer, and how many are the prompt's."""
-    instruction = f" {draw.choice(INSTRUCTIONS[asked].paraphrases)}" if asked else ""
-    prompt, answer = draw_turn(form, instruction, draw)
-    before: list[int] = tokenizer.encode(BOS + prompt, add_special_tokens=False)
-    after: list[int] = tokenizer.encode(answer, add_special_tokens=False)
-    return before + after[:N_ANSWER_TOKENS], len(before)
