@@ -80,7 +80,7 @@ def write_trace(
     depth = {"mean": dict.fromkeys(counts.index, 0.25), "n": counts.to_dict(), "difference": 0.125, "p": 0.031}
     if not {"source", "router"} <= set(counts.index):
         depth |= {"difference": None, "p": None}
-    record: dict[str, Any] = {"rule": {"level": 0.05, "share": 0.5, "n_shuffles": 10}, "depth": depth}
+    record: dict[str, Any] = {"rule": {"level": 0.05, "share": 0.5, "n_shuffles": 10, "plain": True}, "depth": depth}
     about = {"restored": 0.74, "level": 0.11, "n_components": len(PAST), "n_prompts": 12}
     record |= {"executors": about if executors else None, **(graph.record() if graph else {})}
     folder = run.folder(task)

@@ -54,6 +54,18 @@ def q_by_definition(p: Floats) -> list[float]:
     return found
 
 
+def test_a_role_needs_an_effect_beyond_that_on_queries_without_the_instruction() -> None:
+    # A source and a router, each three times: beyond, within, and not measured.
+    weights, acts = some_recovery([0.5] * 3 + [0.1] * 3), some_recovery([0.5] * 6)
+    nulls = {"mlp": NULL}
+    given = {"units": ["mlp"] * 6, "weights_null": nulls, "activation_null": nulls}
+    judged = assign_roles(
+        weights, acts, **given, excess=(np.array([0.1, -0.1, np.nan] * 2), np.array([0.1, 0, np.nan] * 2))
+    )
+    assert judged.roles == ("source", "none", "none", "router", "none", "none")
+    assert assign_roles(weights, acts, **given).roles == ("source",) * 3 + ("router",) * 3
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_within_the_range_of_the_null_p_is_the_share_that_reaches_the_value_with_ties(seed: int) -> None:
     rng = np.random.default_rng(seed)

@@ -29,7 +29,15 @@ SETTINGS = TraceStage(
     n_shuffles=2,
     n_executor_prompts=2,
 )
-FILES = ("activation.jsonl", "null.jsonl", "executors.json", "roles.parquet", "trace.graphml", "trace.json")
+FILES = (
+    "activation.jsonl",
+    "null.jsonl",
+    "plain.json",
+    "executors.json",
+    "roles.parquet",
+    "trace.graphml",
+    "trace.json",
+)
 
 Cli = Callable[..., tuple[int, str, str]]
 

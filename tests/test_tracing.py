@@ -17,8 +17,8 @@ from weightpatch.errors import AnchorError, ComponentError
 from weightpatch.executors import Executors, find_executors
 from weightpatch.flows import Flow, along_anchor, layer_calls, toward_specialized
 from weightpatch.graph import Graph
-from weightpatch.hierarchy import find_roles
-from weightpatch.nulls import draw_null, pooled
+from weightpatch.hierarchy import find_roles, find_suspects
+from weightpatch.nulls import Plain, draw_null, measure_plain, pooled
 from weightpatch.reading import inputs, reference
 from weightpatch.shuffling import shuffled
 from weightpatch.suppliers import TraceSettings
@@ -202,10 +202,45 @@ def test_where_steering_restores_nothing_no_component_is_an_executor(wired_effec
     executors = find_executors(pair, prompts, anchor, units="heads,neurons")
     activation = localize(pair, prompts, anchor, units="heads,neurons", method="activation")
     null = pooled([*draw_null(pair, prompts, anchor, wired_effects, seeds=(0, 1))], wired_effects.components)
+    suspects = find_suspects(wired_effects, activation, null)
+    plain = measure_plain(pair, prompts, anchor, weights=suspects.sources, activation=suspects.routers)
     useless = replace(executors, steered_kl=2 * executors.base_kl)
     for found, expected in ((executors, ["L4.N2"]), (useless, [])):
-        hierarchy = find_roles(wired_effects, activation, null, executors=found, n_layers=5)
+        hierarchy = find_roles(wired_effects, activation, null, plain, executors=found, n_layers=5)
         assert [str(one) for one in hierarchy.of_role("executor")] == expected
+
+
+def test_who_does_the_same_without_the_instruction_is_neither_source_nor_router(wired_effects: Effects) -> None:
+    pair, prompts, anchor = wired_pair(), wired_prompts(), wired_anchor()
+    activation = localize(pair, prompts, anchor, units="heads,neurons", method="activation")
+    null = pooled([*draw_null(pair, prompts, anchor, wired_effects, seeds=range(8))], wired_effects.components)
+    suspects = find_suspects(wired_effects, activation, null)
+    assert suspects.sources
+    assert suspects.routers
+    acting = dict(zip(activation.components, activation.per_prompt, strict=True))
+    writing = dict(zip(wired_effects.components, wired_effects.per_prompt, strict=True))
+    drifting = Plain(
+        weights={one: writing[one] for one in suspects.sources},
+        activation={one: acting[one] for one in suspects.routers},
+    )
+    idle = Plain(
+        weights={one: 0 * writing[one] for one in suspects.sources},
+        activation={one: 0 * acting[one] for one in suspects.routers},
+    )
+    measured = measure_plain(pair, prompts, anchor, weights=suspects.sources, activation=suspects.routers)
+    for plain, sources, routers in ((drifting, (), ()), (idle, suspects.sources, suspects.routers)):
+        found = find_roles(wired_effects, activation, null, plain, n_layers=5)
+        assert (set(found.of_role("source")), set(found.of_role("router"))) == (set(sources), set(routers))
+    # By hand: the same patches on the queries alone.
+    alone = ContrastPrompts.from_token_ids(
+        with_instruction=[row.without_instruction for row in prompts],
+        without_instruction=[row.without_instruction for row in prompts],
+    )
+    by_hand = localize(pair, alone, anchor, units=list(suspects.sources))
+    for component, values in zip(by_hand.components, by_hand.per_prompt, strict=True):
+        assert torch.equal(measured.weights[component], values)
+    with pytest.raises(ComponentError, match="not measured without the instruction"):
+        find_roles(wired_effects, activation, null, Plain(weights={}, activation={}), n_layers=5)
 
 
 def test_an_anchor_turned_round_gives_the_same_trace(wired_effects: Effects) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import asdict
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,8 +15,11 @@ from weightpatch.jsonable import known
 from weightpatch.terminal import counting, print_json, print_table, status
 
 if TYPE_CHECKING:
+    from weightpatch.planted.calibration import Calibration
     from weightpatch.planted.scoring import Row as ScoreRow
+    from weightpatch.planted.suite import Suite
     from weightpatch.speed import Row, Speed
+    from weightpatch.statistics import Interval
 
 bench = typer.Typer(help="Measure the program itself.", no_args_is_help=True)
 
@@ -92,24 +96,29 @@ def speed(
 def planted(
     make: Annotated[bool, typer.Option("--make", help="Plant sources in a base: new plants from any seed.")] = False,
     score: Annotated[bool, typer.Option("--score", help="Score methods of localization on plants.")] = False,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Count who is called source where the carriers were taken out.")
+    ] = False,
     suite: Annotated[
-        str, typer.Option(help="To make: tiny, 40 plants in the bundled base. To score: the folder of a suite.")
+        str, typer.Option(help="tiny, the shipped suite of 40 plants (with --make, a fresh one), or a suite's folder.")
     ] = "tiny",
-    seed: Annotated[int, typer.Option(help="Of the plants with --make, of the prompts with --score.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the plants with --make; else of prompts and shuffles.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Where --make writes; planted-SUITE-SEED without it.")] = None,
-    jobs: Annotated[int | None, typer.Option(min=1, help="Processes that plant; all cores without it.")] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Processes of one thread each; all cores without it.")] = None,
     methods: Annotated[str | None, typer.Option(help="Methods to score, with commas; all without it.")] = None,
     scores: Annotated[
         list[str] | None,
         typer.Option(help="Scores of another tool, NAME=FILE: a CSV file of plant, component, score. Repeatable."),
     ] = None,
-    figure: Annotated[Path | None, typer.Option(help="Where to write the figure, an HTML file.")] = None,
-    n_queries: Annotated[int, typer.Option(min=4, help="Queries to fit each anchor on, and as many to measure.")] = 12,
+    figure: Annotated[Path | None, typer.Option(help="Where --score writes the figure, an HTML file.")] = None,
+    n_queries: Annotated[
+        int, typer.Option(min=4, help="Queries that --score fits each anchor on, and as many to measure.")
+    ] = 12,
     as_json: AsJson = False,
 ) -> None:
-    """Pairs whose sources are known: make them, and score methods on them."""
-    if not make and not score:
-        raise typer.BadParameter("say what to do: --make, --score, or both.")
+    """Pairs whose sources are known: make them, score methods on them, and calibrate the rule that gives roles."""
+    if not (make or score or calibrate):
+        raise typer.BadParameter("say what to do: --make, --score, --calibrate, or several of them.")
     named = dict(_named_file(one) for one in scores or [])
     quiet()
     from weightpatch.planted.making import make_suite
@@ -133,13 +142,15 @@ def planted(
     rows: list[ScoreRow] = []
     if score:
         with counting("scored", len(found.plants)) as update:
+            counted = count(1)
             every = score_suite(
                 found,
                 methods=chosen,
                 n_queries=n_queries,
                 seed=seed,
                 others=others,
-                on_plant=lambda name: update(1 + [one.name for one in found.plants].index(name)),
+                jobs=jobs,
+                on_plant=lambda _: update(next(counted)),
             )
         rows = summarize(every)
         if figure:
@@ -147,17 +158,60 @@ def planted(
 
             score_figure(rows).write_html(figure, include_plotlyjs=True)
             print(f"figure: {figure}", file=sys.stderr)
+    calibration = _calibrate(found, seed=seed, jobs=jobs) if calibrate else None
     if as_json:
-        print_json({"rows": [known(asdict(row)) for row in rows], "plants": len(found.plants)})
+        told = {"rows": [known(asdict(row)) for row in rows], "plants": len(found.plants), "version": found.version}
+        if calibration:
+            told["calibration"] = [known(asdict(row)) for row in calibration.rates]
+            told["coverage"] = [asdict(row) for row in calibration.coverage]
+        print_json(told)
         return
     redrawn = sum(len(attempts) for attempts in found.failures.values())
-    print(f"{len(found.plants)} plants in {found.folder}, {redrawn} designs that did not take were drawn again")
+    version = f", version {found.version}" if found.version else ""
+    print(f"{len(found.plants)} plants of {suite}{version}; {redrawn} designs that did not take were drawn again")
     for among in dict.fromkeys(row.among for row in rows):
         print(f"\namong {'components of the same unit' if among == 'unit' else 'all components with a difference'}")
         print_table(
             ("variant", "unit", "method", "AUROC", "95 % interval", "average precision", "precision", "plants"),
             [_score_cells(row) for row in rows if row.among == among],
         )
+    if calibration:
+        _print_calibration(calibration)
+
+
+def _calibrate(suite: Suite, *, seed: int, jobs: int | None) -> Calibration:
+    from weightpatch.planted.calibration import calibrate
+
+    with counting("calibrated", len(suite.plants)) as update:
+        counted = count(1)
+        return calibrate(suite, seed=seed, jobs=jobs, on_plant=lambda _: update(next(counted)))
+
+
+def _print_calibration(calibration: Calibration) -> None:
+    print("\ncalled source, of components that carry nothing (mean over pairs, 95 % interval)")
+    print_table(
+        (
+            *("pair, anchor", "pairs", "no gap", "unstable", "by the rule", "p <= 5 %", "p <= 5 %, shuffles alone"),
+            *("pairs with any", "carriers called source", "shuffles alone"),
+        ),
+        [
+            (
+                *(row.kind, str(row.n_pairs), str(row.n_refused), str(row.n_unstable)),
+                *(_share(one) for one in (row.sources, row.at_level, row.at_level_shuffled)),
+                *(f"{value:.2f}" for value in (row.any_source, row.carriers, row.carriers_shuffled)),
+            )
+            for row in calibration.rates
+        ],
+    )
+    print("\nhow often the 95 % interval of a recovery holds the recovery over all queries")
+    print_table(
+        ("plant", "queries", "population", "covered"),
+        [(row.plant, str(row.n), str(row.n_population), f"{row.covered:.3f}") for row in calibration.coverage],
+    )
+
+
+def _share(interval: Interval) -> str:
+    return f"{interval.estimate:.3f} ({interval.low:.3f} to {interval.high:.3f})"
 
 
 def _named_file(text: str) -> tuple[str, str]:

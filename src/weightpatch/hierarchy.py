@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+from torch import Tensor
 
 from weightpatch.component import Component
 from weightpatch.effects import Effects
 from weightpatch.errors import ComponentError
 from weightpatch.executors import Executors
-from weightpatch.nulls import Null
+from weightpatch.nulls import Null, Plain
 from weightpatch.roles import (
     LEVEL_OF_ROLES,
     SOURCE_SHARE,
     DepthByRole,
     Role,
+    Roles,
     assign_roles,
     depth_by_role,
     executors_among,
@@ -36,10 +38,14 @@ class Hierarchy:
         components: Below the anchor those that were patched, then those past it that were held.
         roles: One to a component.
         table: One row to a component: component, unit, layer, role; recovery, ci_low, ci_high by weights; activation,
-            activation_low, activation_high; relay, their difference; loss, loss_low, loss_high past the anchor; p and
-            q by weights (p_weights, q_weights), activation (p_activation, q_activation) and loss (p_loss, q_loss).
+            activation_low, activation_high; relay, their difference; beyond_plain, beyond_plain_low and
+            activation_beyond_plain, activation_beyond_plain_low, what recoveries have beyond the same without the
+            instruction and the lower end of its interval, where that was measured; loss, loss_low, loss_high past the
+            anchor; p and q by weights (p_weights, q_weights), activation (p_activation, q_activation) and loss
+            (p_loss, q_loss).
         depth: Mean depth of each role, 0 at the bottom and 1 at the top, and whether routers lie above sources.
         n_shuffles: Of the null.
+        plain: Whether suspects were compared with themselves on the queries without the instruction.
         level: False discoveries that are allowed among the components called source, router or executor.
         share: Part of its activation effect that a source's weights have to explain.
     """
@@ -49,6 +55,7 @@ class Hierarchy:
     table: pd.DataFrame
     depth: DepthByRole
     n_shuffles: int
+    plain: bool
     level: float
     share: float
 
@@ -59,10 +66,45 @@ class Hierarchy:
         return tuple(self.components[place] for place in order if self.roles[place] == role)
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Suspects:
+    """Components that roles are given to unless they do the same without the instruction.
+
+    Attributes:
+        sources: Lowest layer first.
+        routers: Likewise.
+    """
+
+    sources: tuple[Component, ...]
+    routers: tuple[Component, ...]
+
+
+def find_suspects(
+    effects: Effects,
+    activation: Effects,
+    null: Null,
+    *,
+    level: float = LEVEL_OF_ROLES,
+    share: float = SOURCE_SHARE,
+    seed: int = 0,
+) -> Suspects:
+    """Who has to be measured without the instruction (`nulls.measure_plain`) before `find_roles` can judge.
+
+    Arguments and errors as in `find_roles`.
+    """
+    roles = _judge(effects, activation, null, None, level=level, share=share, seed=seed)[0].roles
+
+    def named(role: Role) -> tuple[Component, ...]:
+        return tuple(one for one, own in zip(effects.components, roles, strict=True) if own == role)
+
+    return Suspects(sources=named("source"), routers=named("router"))
+
+
 def find_roles(
     effects: Effects,
     activation: Effects,
     null: Null,
+    plain: Plain | None,
     *,
     executors: Executors | None = None,
     n_layers: int,
@@ -72,15 +114,18 @@ def find_roles(
 ) -> Hierarchy:
     """Tell sources, routers and executors from the rest.
 
-    Source: the interval of its recovery by weights lies above the null, and its weights explain at least half of what
-    its activation restores. Router: that of its activation lies above the null, and its weights explain less. Executor:
-    past the anchor, and the interval of its loss lies above what random directions of steering give; none where
-    steering restores nothing of the output. Everything else is none.
+    Source: the interval of its recovery by weights lies above the null, its weights explain at least half of what its
+    activation restores, and they do more with the instruction than without. Router: the interval of its recovery by
+    activation lies above the null, its weights explain less, and its activation does more with the instruction than
+    without. Executor: past the anchor, and the interval of its loss lies above what random directions of steering
+    give; none where steering restores nothing of the output. Everything else is none.
 
     Args:
         effects: By weight patching.
         activation: By activation patching, of the same components, as far as they have an output, on the same prompts.
         null: From `draw_null` for these components.
+        plain: From `measure_plain`, of all `find_suspects` names at least; None for a contrast readout, which has the
+            effects without the instruction subtracted already.
         executors: What lies past the anchor; None: nothing was held.
         n_layers: Of the model.
         level: False discoveries allowed (Benjamini-Hochberg, within each of the three tests).
@@ -88,27 +133,21 @@ def find_roles(
         seed: Of bootstrap and permutations.
 
     Raises:
-        ComponentError: activations of other components.
+        ComponentError: activations of other components, or a suspect that was not measured without the instruction.
         NoGapError: the two models do not differ measurably in the readout.
     """
     import pandas as pd
 
-    places = {component: place for place, component in enumerate(activation.components)}
-    if unknown := [str(one) for one in activation.components if one not in effects.components]:
-        raise ComponentError(f"activations of {', '.join(unknown[:4])}, whose weights were not patched: patch both.")
-    gap, queries = effects.gap.numpy(), effects.queries
-    weights = recovery(effects.per_prompt.numpy(), gap, groups=queries, seed=seed)
-    taken = recovery(activation.per_prompt.numpy(), gap, groups=queries, seed=seed)
-    acted = _spread(taken, [places.get(one) for one in effects.components])
-    assigned = assign_roles(
-        weights,
-        acted,
-        units=[one.unit for one in effects.components],
-        weights_null=null.weights,
-        activation_null=null.activation,
-        level=level,
-        share=share,
-    )
+    assigned, weights, acted, beyond = _judge(effects, activation, null, plain, level=level, share=share, seed=seed)
+    if plain:
+        suspects = find_suspects(effects, activation, null, level=level, share=share, seed=seed)
+        left_out = [one for one in suspects.sources if one not in plain.weights]
+        left_out += [one for one in suspects.routers if one not in plain.activation]
+        if left_out:
+            raise ComponentError(
+                f"{', '.join(map(str, left_out[:4]))}: not measured without the instruction. Give measure_plain all "
+                "that find_suspects names."
+            )
     table = pd.DataFrame(
         {
             "component": [str(one) for one in effects.components],
@@ -122,6 +161,10 @@ def find_roles(
             "activation_low": acted.low,
             "activation_high": acted.high,
             "relay": acted.ratio - weights.ratio,
+            "beyond_plain": beyond[0].ratio,
+            "beyond_plain_low": beyond[0].low,
+            "activation_beyond_plain": beyond[1].ratio,
+            "activation_beyond_plain_low": beyond[1].low,
             "p_weights": assigned.p_weights,
             "q_weights": assigned.q_weights,
             "p_activation": assigned.p_activation,
@@ -145,9 +188,54 @@ def find_roles(
         table=table,
         depth=depth_by_role(roles, depths, seed=seed),
         n_shuffles=null.n_shuffles,
+        plain=plain is not None,
         level=level,
         share=share,
     )
+
+
+def _judge(
+    effects: Effects,
+    activation: Effects,
+    null: Null,
+    plain: Plain | None,
+    *,
+    level: float,
+    share: float,
+    seed: int,
+) -> tuple[Roles, Recovery, Recovery, tuple[Recovery, Recovery]]:
+    """Roles below the anchor; recoveries by weights and by activation; what both have beyond plain queries."""
+    places = {component: place for place, component in enumerate(activation.components)}
+    if unknown := [str(one) for one in activation.components if one not in effects.components]:
+        raise ComponentError(f"activations of {', '.join(unknown[:4])}, whose weights were not patched: patch both.")
+    gap, queries = effects.gap.numpy(), effects.queries
+    weights = recovery(effects.per_prompt.numpy(), gap, groups=queries, seed=seed)
+    taken = recovery(activation.per_prompt.numpy(), gap, groups=queries, seed=seed)
+    acted = _spread(taken, [places.get(one) for one in effects.components])
+
+    def beyond(own: Effects, alone: Mapping[Component, Tensor]) -> Recovery:
+        chosen = [place for place, one in enumerate(own.components) if one in alone]
+        found = {own.components[place]: number for number, place in enumerate(chosen)}
+        excess = np.stack(
+            [(own.per_prompt[place] - alone[own.components[place]]).numpy() for place in chosen] or [np.zeros(len(gap))]
+        )
+        return _spread(recovery(excess, gap, groups=queries, seed=seed), [found.get(one) for one in effects.components])
+
+    excess = (
+        beyond(effects, plain.weights if plain else {}),
+        beyond(activation, plain.activation if plain else {}),
+    )
+    roles = assign_roles(
+        weights,
+        acted,
+        units=[one.unit for one in effects.components],
+        weights_null=null.weights,
+        activation_null=null.activation,
+        excess=(excess[0].low, excess[1].low) if plain else None,
+        level=level,
+        share=share,
+    )
+    return roles, weights, acted, excess
 
 
 def _spread(found: Recovery, places: Sequence[int | None]) -> Recovery:

@@ -6,13 +6,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from torch import Tensor
 
 from weightpatch.anchor import Anchor
 from weightpatch.component import Component
 from weightpatch.effects import Effects
 from weightpatch.engine.activations import has_output
 from weightpatch.estimation import Estimation
-from weightpatch.localization import sweep
+from weightpatch.localization import Method, sweep
 from weightpatch.pair import ModelPair
 from weightpatch.prompts import ContrastPrompts
 from weightpatch.shuffling import shuffled
@@ -49,6 +50,49 @@ class Draw:
     seed: int
     weights: Floats
     activation: Floats
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Plain:
+    """What components do on the same queries without their instruction: drift does much the same there.
+
+    Attributes:
+        weights: Component -> effect by weight patching, prompt by prompt, shape `(prompt,)`, in the readout's unit.
+        activation: The same by activation patching.
+    """
+
+    weights: Mapping[Component, Tensor]
+    activation: Mapping[Component, Tensor]
+
+
+def measure_plain(
+    pair: ModelPair,
+    prompts: ContrastPrompts,
+    anchor: Anchor,
+    *,
+    weights: Sequence[Component],
+    activation: Sequence[Component],
+    method: Method = "exact",
+    batch_tokens: int | None = None,
+) -> Plain:
+    """Patch components on the queries without their instruction.
+
+    Args:
+        pair: The two models.
+        prompts: Those of the effects.
+        anchor: The anchor, no contrast.
+        weights: What to patch by weights, ordered by layer.
+        activation: What to patch by activation, likewise.
+        method: `exact` or `first-order`: how weights are patched.
+        batch_tokens: Most tokens of one call.
+    """
+    alone = prompts.without_instructions(pair.tokenizer)
+
+    def measured(chosen: Sequence[Component], how: Method) -> dict[Component, Tensor]:
+        found = sweep(pair, alone, anchor, chosen, method=how, batch_tokens=batch_tokens) if chosen else ()
+        return {effect.component: effect.per_prompt for effect in found}
+
+    return Plain(weights=measured(weights, method), activation=measured(activation, "activation"))
 
 
 def draw_null(

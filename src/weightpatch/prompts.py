@@ -188,6 +188,20 @@ class ContrastPrompts:
         """The same prompts up to where the answer starts."""
         return ContrastPrompts(tuple(replace(row, response="") for row in self.rows))
 
+    def without_instructions(self, tokenizer: PreTrainedTokenizerBase | None) -> ContrastPrompts:
+        """The same queries without their instruction, on both sides, as token ids.
+
+        Raises:
+            PromptError: the prompts are text and there is no tokenizer.
+        """
+        alone = self.tokenize(tokenizer).without_instruction
+        return ContrastPrompts(
+            tuple(
+                replace(row, instruction="", response="", with_instruction=ids, without_instruction=ids)
+                for row, ids in zip(self.rows, alone, strict=True)
+            )
+        )
+
     def tokenize(self, tokenizer: PreTrainedTokenizerBase | None) -> TokenizedPrompts:
         """Tokens of every prompt, through the chat template where the tokenizer has one.
 

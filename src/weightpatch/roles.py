@@ -72,15 +72,16 @@ def assign_roles(
     units: Sequence[str],
     weights_null: Mapping[str, Floats],
     activation_null: Mapping[str, Floats],
+    excess: tuple[Floats, Floats] | None = None,
     level: float = LEVEL_OF_ROLES,
     share: float = SOURCE_SHARE,
 ) -> Roles:
     """Tell sources and routers from the rest.
 
-    Source: the interval of its recovery by weights lies above the null (q at most `level`), and that recovery is at
-    least `share` of its recovery by activation, in size. Router: the interval of its recovery by activation lies above
-    the null, and its recovery by weights is less than `share` of it. None: everything else, components that work
-    against the behaviour among them.
+    Source: the interval of its recovery by weights lies above the null (q at most `level`), that recovery is at least
+    `share` of its recovery by activation, in size, and it is larger than without the instruction. Router: the interval
+    of its recovery by activation lies above the null, its recovery by weights is less than `share` of it, and it is
+    larger than without the instruction. None: everything else, components that work against the behaviour among them.
 
     Args:
         weights: Recoveries by weight patching.
@@ -89,6 +90,9 @@ def assign_roles(
             distance is, all units' nulls tell together.
         weights_null: Unit -> recoveries by weight patching where the differences mean nothing, any number of them.
         activation_null: The same by activation patching.
+        excess: Lower ends of the intervals of what recoveries by weights, and by activation, have beyond the same
+            component's on the same queries without their instruction; NaN where that was not measured, and then a
+            component gets no role. None: recoveries are differences to these already.
         level: See above.
         share: See above.
 
@@ -113,6 +117,8 @@ def assign_roles(
         acts = np.nan_to_num(activation.ratio, nan=0.0)
         is_source = (q_weights <= level) & (weights.ratio >= share * np.abs(acts))
         is_router = (q_activation <= level) & (weights.ratio < share * acts)
+        if excess:
+            is_source, is_router = is_source & (excess[0] > 0), is_router & (excess[1] > 0)
     roles: list[Role] = [
         "source" if source else "router" if router else "none"
         for source, router in zip(is_source.tolist(), is_router.tolist(), strict=True)

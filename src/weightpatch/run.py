@@ -14,6 +14,7 @@ tasks/<task>/screen.json          its verdicts, and where in a prompt the leadin
 tasks/<task>/drill.jsonl, .json   a drill-down: exact effects line by line, and the tree
 tasks/<task>/activation.jsonl     effects by activation patching, one line for each component
 tasks/<task>/null.jsonl           recoveries of pairs with shuffled differences, one line for each shuffle
+tasks/<task>/plain.json           effects of suspected sources and routers on the queries without the instruction
 tasks/<task>/executors.json       what the steered base loses without each component past the anchor
 tasks/<task>/roles.parquet        every component's role, and what it was judged by
 tasks/<task>/trace.json, .graphml  the graph: who supplies whom

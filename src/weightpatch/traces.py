@@ -20,10 +20,10 @@ from weightpatch.engine.activations import has_output
 from weightpatch.engine.edges import Receives
 from weightpatch.errors import NoGapError, RunError
 from weightpatch.executors import Executors, find_executors
-from weightpatch.hierarchy import Hierarchy, find_roles
+from weightpatch.hierarchy import Hierarchy, Suspects, find_roles, find_suspects
 from weightpatch.jsonable import finite, known
 from weightpatch.localization import Method, plan, sweep, targets_of
-from weightpatch.nulls import N_SHUFFLES, Draw, draw_null, pooled
+from weightpatch.nulls import N_SHUFFLES, Draw, Plain, draw_null, measure_plain, pooled
 from weightpatch.pair import ModelPair
 from weightpatch.paths import ANCHOR, direct_effects
 from weightpatch.prompts import ContrastPrompts
@@ -86,6 +86,7 @@ def trace_run(run: Run, pair: ModelPair, settings: TraceStage, *, tasks: Sequenc
     Raises:
         RunError: a trace with other settings is there, or effects are missing.
     """
+    seed = run.config.seed
     for task in run.chosen(tasks):
         if run.failure(task):
             continue
@@ -96,8 +97,14 @@ def trace_run(run: Run, pair: ModelPair, settings: TraceStage, *, tasks: Sequenc
         digest = hashlib.sha256((folder / "effects.jsonl").read_bytes()).hexdigest()[:12]
         if run.config.method not in ("exact", "first-order"):
             raise RunError(f"{run.path} holds effects by {run.config.method}; roles need those of weights.")
-        own_files = ("activation.jsonl", "null.jsonl", "executors.json")
-        if settle(run, task, "trace", {**asdict(settings), "effects": digest}, results=own_files):
+        own_files = ("activation.jsonl", "null.jsonl", "plain.json", "executors.json")
+        if settle(
+            run,
+            task,
+            "trace",
+            {**asdict(settings), "effects": digest, "plain": not anchor.is_difference},
+            results=own_files,
+        ):
             continue
         prompts = run.prompts().of_task(task).split("localize")
         effects = run.effects(task)
@@ -113,13 +120,18 @@ def trace_run(run: Run, pair: ModelPair, settings: TraceStage, *, tasks: Sequenc
             yield Progress(stage="null", task=task, done=len(draws), total=settings.n_shuffles)
         yield Progress(stage="roles", task=task)
         executors = _executors(own, settings.n_executor_prompts)
+        null = pooled(draws, effects.components)
+        plain: Plain | None = None
+        if not anchor.is_difference:
+            plain = _plain(own, find_suspects(effects, activation, null, seed=seed))
         hierarchy = find_roles(
             effects,
             activation,
-            pooled(draws, effects.components),
+            null,
+            plain,
             executors=executors,
             n_layers=pair.architecture.n_layers,
-            seed=run.config.seed,
+            seed=seed,
         )
         partial = folder / "roles.parquet.partial"
         hierarchy.table.to_parquet(partial, index=False)
@@ -258,6 +270,33 @@ def _draws(task: _Task, n_shuffles: int) -> Iterator[Draw]:
             yield draw
 
 
+def _plain(task: _Task, suspects: Suspects) -> Plain:
+    """What suspects do without the instruction, from the file where it holds just these."""
+    file = task.run.folder(task.name) / "plain.json"
+    chosen = {"weights": suspects.sources, "activation": suspects.routers}
+    if file.is_file():
+        read = json.loads(file.read_text(encoding="utf-8"))
+        if {name: list(map(str, own)) for name, own in chosen.items()} == {name: list(read[name]) for name in chosen}:
+            found = [
+                {one: torch.tensor(read[name][str(one)], dtype=torch.float64) for one in own}
+                for name, own in chosen.items()
+            ]
+            return Plain(weights=found[0], activation=found[1])
+    plain = measure_plain(
+        task.pair,
+        task.prompts,
+        task.anchor,
+        weights=suspects.sources,
+        activation=suspects.routers,
+        method=task.run.config.method,
+        batch_tokens=task.run.batch_tokens,
+    )
+    sides = {"weights": plain.weights, "activation": plain.activation}
+    record = {name: {str(one): values.tolist() for one, values in own.items()} for name, own in sides.items()}
+    write_whole(file, json.dumps(record) + "\n")
+    return plain
+
+
 def _read_draws(file: Path) -> list[Draw]:
     records = [json.loads(line) for line in whole_lines(file, repair=True)]
     return [
@@ -313,7 +352,12 @@ def _about(hierarchy: Hierarchy, executors: Executors | None, settings: TraceSta
     """What `trace.json` says beside the graph."""
     return {
         "settings": asdict(settings),
-        "rule": {"level": hierarchy.level, "share": hierarchy.share, "n_shuffles": hierarchy.n_shuffles},
+        "rule": {
+            "level": hierarchy.level,
+            "share": hierarchy.share,
+            "n_shuffles": hierarchy.n_shuffles,
+            "plain": hierarchy.plain,
+        },
         "depth": known(asdict(hierarchy.depth)),
         "executors": None
         if executors is None

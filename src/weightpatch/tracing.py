@@ -13,10 +13,10 @@ from weightpatch.engine.activations import has_output
 from weightpatch.errors import AnchorError, NoGapError
 from weightpatch.executors import Executors, find_executors
 from weightpatch.graph import OUTPUT, Edge, Graph, Node, Round, Share, nodes_in_order
-from weightpatch.hierarchy import Hierarchy, find_roles
+from weightpatch.hierarchy import Hierarchy, find_roles, find_suspects
 from weightpatch.jsonable import finite
 from weightpatch.localization import localize
-from weightpatch.nulls import N_SHUFFLES, draw_null, pooled
+from weightpatch.nulls import N_SHUFFLES, Plain, draw_null, measure_plain, pooled
 from weightpatch.pair import ModelPair
 from weightpatch.paths import ANCHOR
 from weightpatch.prompts import ContrastPrompts
@@ -109,7 +109,7 @@ def hierarchy_of(
     seed: int = 0,
     batch_tokens: int | None = None,
 ) -> Hierarchy:
-    """Find roles with all that it takes: activation patching, components past the anchor, and a null.
+    """Find roles with all that it takes: activation patching, what lies past the anchor, a null, and queries alone.
 
     Args:
         pair: The two models.
@@ -136,10 +136,24 @@ def hierarchy_of(
     draws = draw_null(
         pair, prompts, anchor, effects, seeds=[seed + number for number in range(n_shuffles)], batch_tokens=batch_tokens
     )
+    null = pooled([*draws], effects.components)
+    plain: Plain | None = None
+    if not anchor.is_difference:
+        suspects = find_suspects(effects, activation, null, seed=seed)
+        plain = measure_plain(
+            pair,
+            prompts,
+            anchor,
+            weights=suspects.sources,
+            activation=suspects.routers,
+            method="exact" if effects.method == "exact" else "first-order",
+            batch_tokens=batch_tokens,
+        )
     return find_roles(
         effects,
         activation,
-        pooled([*draws], effects.components),
+        null,
+        plain,
         executors=executors,
         n_layers=pair.architecture.n_layers,
         seed=seed,

@@ -40,8 +40,8 @@ def walking(pair: ModelPair, components: Sequence[Component]) -> Iterator[Write]
             others = taken[(taken != _NOBODY) & (taken != place)]
             if len(others):
                 raise ComponentError(
-                    f"{components[int(others[0])]} and {components[place]} share weights ({name}). In company every weight "
-                    "belongs to one component: name units that do not overlap, for example heads,kvs,mlps."
+                    f"{components[int(others[0])]} and {components[place]} share weights ({name}). In company every "
+                    "weight belongs to one component: name units that do not overlap, for example heads,kvs,mlps."
                 )
             taken.fill_(place)
             target = piece.of(ours)

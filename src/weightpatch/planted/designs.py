@@ -25,8 +25,8 @@ class Size:
     """How much of one unit takes part.
 
     Attributes:
-        n_carriers: Components that carry the task; half of them in each of two joint sets, three quarters in each of
-            two redundant ones, which have to do it alone (rounded down).
+        n_carriers: Components that carry the task; half of them, rounded down, in each of two joint sets.
+        n_redundant: Components in each of two redundant sets, which have to do it alone.
         n_distractors: Components that carry another task.
         low: Least norm of a difference, as a share of the norm of the weights that it changes.
         high: The greatest. Carriers, distractors and everything that drifts, of whatever unit, are drawn from this
@@ -34,16 +34,17 @@ class Size:
     """
 
     n_carriers: int
+    n_redundant: int
     n_distractors: int
     low: float
     high: float
 
 
 TINY_SIZES: Mapping[Unit, Size] = {
-    "heads": Size(n_carriers=12, n_distractors=8, low=0.3, high=0.45),
-    "kvs": Size(n_carriers=6, n_distractors=6, low=0.3, high=0.45),
-    "mlps": Size(n_carriers=2, n_distractors=2, low=0.16, high=0.26),
-    "groups": Size(n_carriers=10, n_distractors=8, low=0.25, high=0.4),
+    "heads": Size(n_carriers=12, n_redundant=9, n_distractors=8, low=0.3, high=0.45),
+    "kvs": Size(n_carriers=7, n_redundant=6, n_distractors=6, low=0.3, high=0.45),
+    "mlps": Size(n_carriers=2, n_redundant=1, n_distractors=2, low=0.16, high=0.26),
+    "groups": Size(n_carriers=10, n_redundant=7, n_distractors=8, low=0.25, high=0.4),
 }
 """For the bundled base: least sizes with which most plants take (LOG.md, 2026-11-23)."""
 N_GROUPS = 16
@@ -124,7 +125,7 @@ def draw_design(
     half = architecture.n_layers // 2
     early = [one for one in candidates if _layer(one) < (half if variant != "split" else max(half - 1, 1))]
     late = [one for one in candidates if half <= _layer(one) < anchor_layer]
-    in_one = size.n_carriers * 3 // 4 if variant == "redundant" else size.n_carriers // 2
+    in_one = size.n_redundant if variant == "redundant" else size.n_carriers // 2
     try:
         if variant == "below":
             carriers: tuple[list[Component], ...] = (draw.sample(early, size.n_carriers),)

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
+from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from weightpatch.checkpoint import BUNDLED, find, load, read_tokenizer
 from weightpatch.errors import CheckpointError, RunError
 from weightpatch.planted.designs import Unit, Variant
 from weightpatch.planted.language import texts_of
+from weightpatch.planted.pooling import in_processes
 from weightpatch.planted.suite import TINY_COUNTS, Made, finish_suite, make_plant, places
 
 _TINY_BASE = BUNDLED[0]
-_loaded: dict[str, Any] = {}
-"""What a worker process keeps between plants."""
 
 
 def make_suite(
@@ -48,15 +45,8 @@ def make_suite(
     folder = Path(folder)
     _claim(folder, seed)
     wanted = places(counts)
-    pool = ProcessPoolExecutor(
-        max_workers=min(jobs or os.cpu_count() or 1, len(wanted)), mp_context=get_context("spawn"), initializer=_start
-    )
-    try:
-        futures = [pool.submit(_make, folder, name, variant, unit, seed) for name, variant, unit in wanted]
-        for future in as_completed(futures):
-            yield from future.result()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+    for made in in_processes(_make, [(folder, name, variant, unit, seed) for name, variant, unit in wanted], jobs=jobs):
+        yield from made
     finish_suite(folder, base=_TINY_BASE, seed=seed, names=[name for name, _, _ in wanted])
 
 
@@ -72,27 +62,28 @@ def _claim(folder: Path, seed: int) -> None:
         raise RunError(f"{folder} holds plants of seed {note.read_text().strip()}, not {seed}: name another folder.")
 
 
-def _start() -> None:
-    torch.set_num_threads(1)
-    base = find(_TINY_BASE)
-    _loaded["model"] = load(base, dtype=torch.float32)
-    _loaded["tokenizer"] = read_tokenizer(base)
-    if _loaded["tokenizer"] is None:
+@cache
+def _base() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Read once in every process."""
+    found = find(_TINY_BASE)
+    tokenizer = read_tokenizer(found)
+    if tokenizer is None:
         raise CheckpointError(f"{_TINY_BASE} has no tokenizer.")
-    _loaded["texts"] = texts_of(_loaded["tokenizer"])
+    return load(found, dtype=torch.float32), tokenizer
 
 
 def _make(folder: Path, name: str, variant: Variant, unit: Unit, seed: int) -> list[Made]:
+    model, tokenizer = _base()
     return list(
         make_plant(
-            _loaded["model"],
-            _loaded["tokenizer"],
+            model,
+            tokenizer,
             folder,
             base=_TINY_BASE,
             name=name,
             variant=variant,
             unit=unit,
             seed=seed,
-            texts=_loaded["texts"],
+            texts=texts_of(tokenizer),
         )
     )

@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import groupby
+from functools import partial
+from itertools import groupby, starmap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ from weightpatch.component import components
 from weightpatch.errors import NoGapError, RunError
 from weightpatch.fitting import fit_anchor
 from weightpatch.planted.methods import METHODS, Case
+from weightpatch.planted.pooling import in_processes
 from weightpatch.planted.suite import Planted, Suite
 from weightpatch.prompts import ContrastPrompts
 from weightpatch.reading import reference
@@ -97,6 +99,7 @@ def score_suite(
     n_queries: int = N_QUERIES,
     seed: int = 0,
     others: Mapping[str, Mapping[str, Mapping[str, float]]] | None = None,
+    jobs: int | None = 1,
     on_plant: Callable[[str], None] | None = None,
 ) -> list[Score]:
     """Score methods on every plant of a suite.
@@ -107,21 +110,41 @@ def score_suite(
         n_queries: Queries that anchors are fitted on, and as many others that are measured.
         seed: Deals the queries, and draws for the method `random`.
         others: Scores that other tools gave: method -> plant -> address -> score. See `read_scores`.
+        jobs: Processes, each with one thread; None: as many as the machine has cores; 1: this one.
         on_plant: Called with the name of each plant when it is done.
 
     Raises:
         RunError: scores of another tool that leave out a component.
     """
-    found: list[Score] = []
-    for number, planted in enumerate(suite.plants):
-        case = open_case(suite, planted, n_queries=n_queries, seed=seed + number)
-        values: dict[str, Floats] = {name: METHODS[name](case) for name in methods}
-        for name, by_plant in (others or {}).items():
-            values[name] = _of_other(name, planted, by_plant, [str(one) for one in case.components])
-        found += _scores(planted, [str(one) for one in case.components], values)
+    work = partial(_score, suite, methods=tuple(methods), n_queries=n_queries, seed=seed)
+    given = [
+        (number, {name: own.get(planted.name, {}) for name, own in (others or {}).items()})
+        for number, planted in enumerate(suite.plants)
+    ]
+    found: dict[int, list[Score]] = {}
+    for number, scores in in_processes(work, given, jobs=jobs) if jobs != 1 else starmap(work, given):
+        found[number] = scores
         if on_plant:
-            on_plant(planted.name)
-    return found
+            on_plant(suite.plants[number].name)
+    return [score for number in sorted(found) for score in found[number]]
+
+
+def _score(
+    suite: Suite,
+    number: int,
+    others: Mapping[str, Mapping[str, float]],
+    *,
+    methods: Sequence[str],
+    n_queries: int,
+    seed: int,
+) -> tuple[int, list[Score]]:
+    """One plant, by its place in the suite."""
+    planted = suite.plants[number]
+    case = open_case(suite, planted, n_queries=n_queries, seed=seed + number)
+    addresses = [str(one) for one in case.components]
+    values: dict[str, Floats] = {name: METHODS[name](case) for name in methods}
+    values |= {name: _of_other(name, planted, given, addresses) for name, given in others.items()}
+    return number, list(_scores(planted, addresses, values))
 
 
 def open_case(suite: Suite, planted: Planted, *, n_queries: int = N_QUERIES, seed: int = 0) -> Case:
@@ -254,10 +277,7 @@ def _row(scores: Sequence[Score], method: str, variant: str, unit: str, among: s
     )
 
 
-def _of_other(
-    name: str, planted: Planted, by_plant: Mapping[str, Mapping[str, float]], addresses: Sequence[str]
-) -> Floats:
-    given = by_plant.get(planted.name, {})
+def _of_other(name: str, planted: Planted, given: Mapping[str, float], addresses: Sequence[str]) -> Floats:
     if missing := [address for address in addresses if address not in given]:
         raise RunError(
             f"{name} gives no score for {len(missing)} of {len(addresses)} components of {planted.name}, the first "

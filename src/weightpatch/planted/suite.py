@@ -25,7 +25,7 @@ from weightpatch.run import write_whole
 FORMAT = 1
 ANCHOR_SHARE = 7 / 8
 """Depth of the anchor: plants are read where the signal has nearly arrived, and carry it below."""
-MOST_ATTEMPTS = 6
+MOST_ATTEMPTS = 12
 """Designs that are drawn for one place in a suite before it is given up."""
 TINY_COUNTS: Mapping[Variant, Mapping[Unit, int]] = {
     "below": dict.fromkeys(UNITS, 4),
@@ -36,6 +36,9 @@ TINY_COUNTS: Mapping[Variant, Mapping[Unit, int]] = {
 """Plants of the suite `tiny`, 40 in all."""
 SUITES: Mapping[str, Mapping[Variant, Mapping[Unit, int]]] = {"tiny": TINY_COUNTS}
 """Name of a suite that can be made -> variant -> unit -> plants."""
+
+SHIPPED: Mapping[str, Path] = {"tiny": Path(__file__).parent.parent / "data" / "planted" / "tiny"}
+"""Name of a suite that is frozen and shipped -> its folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +91,7 @@ class Suite:
         seed: Of everything.
         plants: In their order.
         failures: Plant -> the checks that failed, by attempt; only plants that were drawn again.
+        version: Of a suite that is shipped; empty for others.
     """
 
     folder: Path
@@ -95,15 +99,19 @@ class Suite:
     seed: int
     plants: tuple[Planted, ...]
     failures: Mapping[str, Sequence[Sequence[str]]]
+    version: str = ""
 
     @classmethod
     def open(cls, folder: str | Path) -> Suite:
         """Read a suite.
 
+        Args:
+            folder: Its folder, or the name of a shipped one, `tiny`.
+
         Raises:
             RunError: there is none, or it is of another format.
         """
-        folder = Path(folder)
+        folder = SHIPPED.get(str(folder), Path(folder))
         try:
             head: dict[str, Any] = json.loads((folder / "suite.json").read_text(encoding="utf-8"))
             plants = [_read(folder / name / "plant.json") for name in head["plants"]]
@@ -114,7 +122,14 @@ class Suite:
             ) from error
         if head.get("format") != FORMAT:
             raise RunError(f"{folder} has format {head.get('format')}; this program reads {FORMAT}. Make it again.")
-        return cls(folder=folder, base=head["base"], seed=head["seed"], plants=tuple(plants), failures=head["failures"])
+        return cls(
+            folder=folder,
+            base=head["base"],
+            seed=head["seed"],
+            plants=tuple(plants),
+            failures=head["failures"],
+            version=head.get("version", ""),
+        )
 
     def pair(self, planted: Planted) -> ModelPair:
         """The base and one plant on it."""

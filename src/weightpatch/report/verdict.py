@@ -89,10 +89,11 @@ def _sources(table: pd.DataFrame, record: dict[str, Any]) -> str:
     null = f"{rule['n_shuffles']} shuffles of the weights' difference, {rule['level']:.0%} false discoveries"
     if own.empty:
         return f"None of {len(below)} components below the anchor is a source ({null})."
+    beyond = ", more than on the same queries without the instruction" if rule["plain"] else ""
     return (
         f"{len(own)} of {len(below)} components below the anchor are sources: their specialized weights alone restore "
-        f"more of the anchor's gap than {null}, and at least {rule['share']:.0%} of what their activation does. The "
-        f"leading ones: {_named(own, 'recovery', 'ci_low', 'ci_high')}."
+        f"more of the anchor's gap than {null}{beyond}, and at least {rule['share']:.0%} of what their activation "
+        f"does. The leading ones: {_named(own, 'recovery', 'ci_low', 'ci_high')}."
     )
 
 
