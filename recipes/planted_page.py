@@ -2,8 +2,8 @@
 
     python recipes/planted_page.py [--suite tiny] [--out docs/planted-tiny.md] [--against FOLDER]
 
-Twenty minutes on 2 cores for forty plants, twice that with `--against`. What was measured is kept beside the page's
-work folder, so that a second call only writes. The figure is drawn by headless Chromium where there is one.
+Twenty minutes on 2 cores for forty plants, ten more with `--against`. What was measured is kept in the work folder, so
+that a second call only writes. The figure is drawn by headless Chromium where there is one.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def main(
     work.mkdir(parents=True, exist_ok=True)
     found = Suite.open(suite)
     own = _measured(found, work, jobs=jobs)
-    other = _measured(Suite.open(against), work, jobs=jobs) if against else None
+    other = _measured(Suite.open(against), work, jobs=jobs, calibrating=False) if against else None
     rows = [Row(**row) for row in own["rows"]]
     picture = out.with_suffix(".png")
     drawn = _draw(rows, picture)
@@ -54,26 +54,23 @@ def main(
     print(f"{out}: scored in {own['scored_in']:.0f} s, calibrated in {own['calibrated_in']:.0f} s")
 
 
-def _measured(suite: Suite, work: Path, *, jobs: int | None) -> dict[str, Any]:
-    """Rows, rates and coverage of a suite, from the work folder if they are there."""
+def _measured(suite: Suite, work: Path, *, jobs: int | None, calibrating: bool = True) -> dict[str, Any]:
+    """Rows of a suite, and if wanted rates and coverage; what the work folder has is not measured again."""
     file = work / f"{suite.folder.name}-seed-{suite.seed}.json"
-    if file.is_file():
-        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        return found
-    begun = time.monotonic()
-    rows = summarize(score_suite(suite, jobs=jobs))
-    scored = time.monotonic()
-    calibration = calibrate(suite, jobs=jobs)
-    found = {
-        "seed": suite.seed,
-        "jobs": jobs or os.cpu_count(),
-        "rows": [asdict(row) for row in rows],
-        "rates": [asdict(row) for row in calibration.rates],
-        "coverage": [asdict(row) for row in calibration.coverage],
-        "scored_in": scored - begun,
-        "calibrated_in": time.monotonic() - scored,
-    }
-    file.write_text(json.dumps(found), encoding="utf-8")
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if "rows" not in found:
+        begun = time.monotonic()
+        rows = summarize(score_suite(suite, jobs=jobs))
+        found |= {"seed": suite.seed, "rows": [asdict(row) for row in rows], "scored_in": time.monotonic() - begun}
+        found["jobs"] = jobs or os.cpu_count()
+        file.write_text(json.dumps(found), encoding="utf-8")
+    if calibrating and "rates" not in found:
+        begun = time.monotonic()
+        calibration = calibrate(suite, jobs=jobs)
+        found["rates"] = [asdict(row) for row in calibration.rates]
+        found["coverage"] = [asdict(row) for row in calibration.coverage]
+        found["calibrated_in"] = time.monotonic() - begun
+        file.write_text(json.dumps(found), encoding="utf-8")
     return found
 
 
