@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import permutations
 
 import pytest
 import torch
 from torch import Tensor
 
-from conftest import build_pair
+from conftest import EVERY_SHAPE, build_pair
 from weightpatch import Anchor, ContrastPrompts, ModelPair, localize
 from weightpatch.coalitions import Measure, addition, removal, shapley
 from weightpatch.component import Component
 from weightpatch.engine.walking import walking
 from weightpatch.errors import ComponentError
 from weightpatch.patch import patched
-from weightpatch.reading import reference
+from weightpatch.reading import inputs, reference
 
 LAYER = 2
 
@@ -113,38 +114,43 @@ def test_values_of_one_player_are_its_worth() -> None:
         assert found.tolist() == [[3.0, 6.0]]
 
 
-@pytest.mark.parametrize("shape", ["llama-gqa", "gpt2", "mixtral"])
-def test_walking_writes_what_patching_each_set_alone_would_and_restores_every_bit(shape: str) -> None:
-    pair = build_pair(shape)
-    chosen = [Component.parse(address) for address in ("L0.H1", "L0.mlp", "L1.attn", "L1.mlp", "L2.H0")]
-    chosen.append(Component.joint([Component.parse("L2.H2"), Component.parse("embed")]))
-    before = {name: parameter.clone() for name, parameter in pair.base.named_parameters()}
-    sets = [{0}, {0, 1}, {0, 1, 5}, {2, 3, 4}, set(), {5}, set(range(6)), {1}]
-    with walking(pair, chosen) as write:
-        for wanted in sets:
-            write(frozenset(wanted))
-            now = {name: parameter.clone() for name, parameter in pair.base.named_parameters()}
-            write(frozenset())
-            members = [one for place in wanted for one in (chosen[place].members or (chosen[place],))]
-            with patched(pair, members) as model:
-                assert all(torch.equal(now[name], parameter) for name, parameter in model.named_parameters())
-            write(frozenset(wanted))
-    assert all(torch.equal(before[name], parameter) for name, parameter in pair.base.named_parameters())
-
-
-def test_weights_that_two_components_own_are_refused_in_company() -> None:
-    pair = build_pair("llama-gqa")
-    for first, second in (("L1.attn", "L1.H0"), ("L0.N3", "L0.mlp")):
-        chosen = [Component.parse(first), Component.parse(second)]
-        refused = pytest.raises(ComponentError, match=f"{first} and {second} share weights|{second} and {first} share")
-        with refused, walking(pair, chosen):
-            pass
-
-
 def anchor_of(pair: ModelPair) -> Anchor:
     torch.manual_seed(5)
     width = pair.base.get_input_embeddings().weight.shape[1]
     return Anchor(layer=LAYER, direction=torch.randn(width), positions=(-1,))
+
+
+@pytest.mark.parametrize("shape", EVERY_SHAPE)
+def test_walking_reads_what_the_whole_model_gives_with_each_set_alone_and_restores_every_bit(
+    shape: str, token_prompts: ContrastPrompts
+) -> None:
+    pair = build_pair(shape)
+    anchor = replace(anchor_of(pair), layer=3)
+    chosen = [Component.parse(address) for address in ("L0.H1", "L0.mlp", "L1.attn", "L1.mlp", "L2.H0")]
+    chosen.append(Component.joint([Component.parse("L2.H2"), Component.parse("embed")]))
+    before = {name: parameter.clone() for name, parameter in pair.base.named_parameters()}
+    sets: list[set[int]] = [{0}, {0, 1}, {4}, {0, 1, 5}, {2, 3, 4}, set(), {4}, {3, 4}, {5}, set(range(6)), {1}, {1}]
+    token_ids = inputs(pair, token_prompts, anchor)
+    found = []
+    with walking(pair, token_ids, anchor, chosen, batch_tokens=512) as read:
+        found = [read(frozenset(wanted)) for wanted in sets]
+    assert all(torch.equal(before[name], parameter) for name, parameter in pair.base.named_parameters())
+    gap = reference(pair, token_prompts, anchor)
+    for wanted, readouts in zip(sets, found, strict=True):
+        members = [one for place in sorted(wanted) for one in (chosen[place].members or (chosen[place],))]
+        with patched(pair, members) as model:
+            whole = reference(pair.with_models(model, pair.specialized), token_prompts, anchor)[0]
+        assert torch.allclose(readouts, whole, atol=2e-5 * float((gap[1] - gap[0]).abs().max()))
+
+
+def test_weights_that_two_components_own_are_refused_in_company(token_prompts: ContrastPrompts) -> None:
+    pair = build_pair("llama-gqa")
+    token_ids = inputs(pair, token_prompts, anchor_of(pair))
+    for first, second in (("L1.attn", "L1.H0"), ("L0.N3", "L0.mlp")):
+        chosen = [Component.parse(first), Component.parse(second)]
+        refused = pytest.raises(ComponentError, match=f"{first} and {second} share weights|{second} and {first} share")
+        with refused, walking(pair, token_ids, anchor_of(pair), chosen, batch_tokens=512):
+            pass
 
 
 def test_values_of_a_pair_add_up_to_what_all_its_components_restore(token_prompts: ContrastPrompts) -> None:

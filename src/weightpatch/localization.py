@@ -24,7 +24,7 @@ from weightpatch.flows import Flow
 from weightpatch.outputs import Divergence, Margin
 from weightpatch.pair import ModelPair
 from weightpatch.prompts import ContrastPrompts
-from weightpatch.reading import Target, check_target, contrasted, inputs, read_tokens, reference
+from weightpatch.reading import Target, check_target, contrasted, inputs, reference
 from weightpatch.residuals import BATCH_TOKENS, tokens_per_call
 from weightpatch.statistics import orientation
 
@@ -331,22 +331,18 @@ def _in_company(
     """Values of components from joint patches of sets of them, shape `(component, prompt)`."""
     if isinstance(anchor, Flow):
         raise ComponentError(f"{method} reads an anchor or the output, not what single components write.")
-    token_ids, width = inputs(pair, prompts, anchor), batch_tokens or BATCH_TOKENS
-    with walking(pair, below) as write:
-        nobody = read_tokens(pair.base, token_ids, anchor, batch_tokens=width)
+    width = batch_tokens or tokens_per_call(pair.base)
+    with walking(pair, inputs(pair, prompts, anchor), anchor, below, batch_tokens=width) as read:
+        nobody = read(frozenset())
 
         def measure(sets: Sequence[frozenset[int]]) -> Tensor:
-            found = []
-            for own in sets:
-                write(own)
-                found.append(read_tokens(pair.base, token_ids, anchor, batch_tokens=width) - nobody)
-            return torch.stack(found)
+            return torch.stack([contrasted(read(own) - nobody, anchor) for own in sets])
 
         if method == "shapley":
             return coalitions.shapley(measure, len(below), budget=budget, seed=seed)
-        sign = orientation((read_tokens(pair.specialized, token_ids, anchor, batch_tokens=width) - nobody).numpy())
+        base, specialized = reference(pair, prompts, anchor, batch_tokens=batch_tokens or BATCH_TOKENS)
         search = coalitions.addition if method == "addition" else coalitions.removal
-        return search(measure, len(below), budget=budget, sign=sign)
+        return search(measure, len(below), budget=budget, sign=orientation((specialized - base).numpy()))
 
 
 def _estimate(

@@ -70,17 +70,6 @@ def readouts(
     token_ids = inputs(pair, prompts, target)
     if isinstance(target, Flow):
         return target.read(token_ids, specialized=model is pair.specialized)
-    return read_tokens(model, token_ids, target, batch_tokens=batch_tokens)
-
-
-def read_tokens(
-    model: PreTrainedModel,
-    token_ids: tuple[TokenIds, ...],
-    target: Anchor | Margin | Divergence,
-    *,
-    batch_tokens: int = BATCH_TOKENS,
-) -> Tensor:
-    """A readout of a model, with whatever is patched into it, on what `inputs` gives; shape `(prompt,)`, float64."""
     if not isinstance(target, Anchor):
         return contrasted(_through_head(model, token_ids, target, batch_tokens=batch_tokens), target)
     residuals = read_residuals(

@@ -205,7 +205,7 @@ class Run:
         if self.deliveries and self.layer == 0:
             heard[None] = self.deliveries.embedded(self.residual[:, self.reads.to(self.residual.device)])
         rows = self._rise(self.residual, self.layer, heard=heard, is_base=True)
-        self.base = self._read(rows)[0]
+        self.base = self.read(rows)[0]
         self.delivered = None
         if self.deliveries:
             self.delivered = torch.zeros(len(self.deliveries.targets), len(self.index), dtype=torch.float64)
@@ -266,7 +266,7 @@ class Run:
             else:
                 rows = here.rows(chunk)
             leaving = self._finish(rows, chunk, layer + 1, heard)
-        return self._read(leaving), self._changes(heard, len(chunk)) if self.deliveries else None
+        return self.read(leaving), self._changes(heard, len(chunk)) if self.deliveries else None
 
     def embedded(self, members: Sequence[Component]) -> Tensor:
         """The row that enters layer 0 with some components patched that lie in no layer, `(1, token, feature)`."""
@@ -360,7 +360,8 @@ class Run:
             rows = parts.leaving
         return rows
 
-    def _read(self, rows: Tensor) -> Tensor:
+    def read(self, rows: Tensor) -> Tensor:
+        """Readouts of what reaches the anchor: `(row, read, feature)` -> `(row, prompt)`."""
         return self.reader.read_all(self.pair.base, rows.detach(), self.index, self.packing.prompts)
 
     def _changes(self, heard: _Heard, n_rows: int) -> Tensor:

@@ -23,7 +23,7 @@ from weightpatch.prompts import ContrastPrompts
 from weightpatch.reading import reference
 from weightpatch.statistics import Floats, orientation
 
-SETS_PER_COMPONENT = 4
+SETS_PER_COMPONENT = 3
 """Sets of components that `shapley`, `addition` and `removal` patch on a plant, for every component."""
 
 

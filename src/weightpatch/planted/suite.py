@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -259,23 +260,8 @@ def write_plant(
         tensors[f"base_model.model.{module}.lora_A.weight"] = inner
         tensors[f"base_model.model.{module}.lora_B.weight"] = outer
         ranks[module] = len(inner)
-    config = {
-        "base_model_name_or_path": base,
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "lora_dropout": 0.0,
-        "r": 1,
-        "lora_alpha": 1,
-        "rank_pattern": ranks,
-        "alpha_pattern": ranks,
-        "target_modules": sorted({module.rpartition(".")[2] for module in ranks}),
-    }
     save_file(tensors, own / "adapter_model.safetensors", metadata={"format": "pt"})
-    write_whole(own / "adapter_config.json", json.dumps(config, indent=1) + "\n")
+    write_whole(own / "adapter_config.json", json.dumps(_config(base, ranks), indent=1) + "\n")
     design = found.design
     page = Planted(
         name=name,
@@ -294,7 +280,7 @@ def write_plant(
         attempt=attempt,
         checks=found.checks,
     )
-    write_whole(own / "plant.json", json.dumps(asdict(page)) + "\n")
+    write_whole(own / "plant.json", json.dumps(_record(page)) + "\n")
 
 
 def finish_suite(folder: Path, *, base: str, seed: int, names: Sequence[str]) -> Suite:
@@ -313,12 +299,52 @@ def _failed(own: Path) -> list[list[str]]:
     return found
 
 
+def _config(base: str, ranks: Mapping[str, int]) -> dict[str, Any]:
+    """What PEFT reads: module -> rank, the commonest of which is the default; the scale is 1 everywhere."""
+    commonest = Counter(ranks.values()).most_common(1)[0][0]
+    others = {module: rank for module, rank in ranks.items() if rank != commonest}
+    return {
+        "base_model_name_or_path": base,
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_dropout": 0.0,
+        "r": commonest,
+        "lora_alpha": commonest,
+        "rank_pattern": others,
+        "alpha_pattern": others,
+        "target_modules": sorted({module.rpartition(".")[2] for module in ranks}),
+    }
+
+
+def _record(page: Planted) -> dict[str, Any]:
+    """A plant's page as it is written: groups by layer and by number of neuron, everything else by address."""
+    record = asdict(page)
+    if page.unit == "groups":
+        by_layer: dict[int, list[list[int]]] = {}
+        for address in page.candidates:
+            group = Component.parse(address)
+            numbers = [one.index for one in group.members if one.index is not None]
+            by_layer.setdefault(group.layer or 0, []).append(numbers)
+        record["candidates"] = by_layer
+    return record
+
+
 def _addresses(members: Sequence[Component]) -> tuple[str, ...]:
     return tuple(map(str, members))
 
 
 def _read(file: Path) -> Planted:
     page: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    if isinstance(page["candidates"], dict):
+        page["candidates"] = [
+            str(Component.joint(Component.parse(f"L{layer}.N{number}") for number in group))
+            for layer, groups in page["candidates"].items()
+            for group in groups
+        ]
     lists = {key: tuple(page[key]) for key in ("distractors", "candidates", "others")}
     return Planted(
         **page
