@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import starmap
 from typing import Literal, get_args
 
 import numpy as np
@@ -160,7 +159,7 @@ def calibrate(
     work = partial(_calibrate, suite, n_queries=n_queries, n_shuffles=n_shuffles, seed=seed)
     numbers = [(number,) for number in range(len(suite.plants))]
     found: dict[int, tuple[list[Calibrated], list[Covered]]] = {}
-    for number, own, covered in in_processes(work, numbers, jobs=jobs) if jobs != 1 else starmap(work, numbers):
+    for number, own, covered in in_processes(work, numbers, jobs=jobs):
         found[number] = own, covered
         if on_plant:
             on_plant(suite.plants[number].name)

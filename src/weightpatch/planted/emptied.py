@@ -2,42 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 
 from torch import Tensor
 
+from weightpatch.altered import altered
 from weightpatch.component import Component, Slice, slices
 from weightpatch.pair import ModelPair
-from weightpatch.streaming import streamed
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _EmptiedSource:
-    """The specialized weights with the base's in some places, tensor by tensor; a `Source`.
-
-    Attributes:
-        pair: The true pair.
-        pieces: Parameter -> what is the base's there.
-    """
-
-    pair: ModelPair
-    pieces: Mapping[str, Sequence[Slice]]
-    config: None = field(default=None, init=False)
-    generation_config: None = field(default=None, init=False)
-
-    @property
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Name -> shape."""
-        return self.pair.architecture.parameters
-
-    def tensor(self, name: str) -> Tensor:
-        """One parameter."""
-        theirs = self.pair.specialized_weight(name).detach().cpu().clone()
-        ours = self.pair.base.get_parameter(name).detach().cpu()
-        for piece in self.pieces.get(name, ()):
-            piece.of(theirs).copy_(piece.of(ours))
-        return theirs
 
 
 def emptied(pair: ModelPair, taken_out: Sequence[Component]) -> ModelPair:
@@ -51,4 +22,11 @@ def emptied(pair: ModelPair, taken_out: Sequence[Component]) -> ModelPair:
     for component in taken_out:
         for piece in slices(pair.architecture, component):
             pieces.setdefault(piece.parameter, []).append(piece)
-    return pair.with_models(pair.base, streamed(pair.base, _EmptiedSource(pair=pair, pieces=pieces)))
+
+    def empty(name: str, ours: Tensor, theirs: Tensor) -> Tensor:
+        left = theirs.clone()
+        for piece in pieces.get(name, ()):
+            piece.of(left).copy_(piece.of(ours))
+        return left
+
+    return altered(pair, empty)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from itertools import starmap
 from multiprocessing import get_context
 from typing import Any, TypeVar
 
@@ -24,8 +25,11 @@ def in_processes(
     Args:
         work: A function of a module.
         arguments: What it is called with.
-        jobs: Processes; None: as many as the machine has cores.
+        jobs: Processes; None: as many as the machine has cores; 1: none, the work is done here.
     """
+    if jobs == 1:
+        yield from starmap(work, arguments)
+        return
     pool = ProcessPoolExecutor(
         max_workers=max(1, min(jobs or os.cpu_count() or 1, len(arguments))),
         mp_context=get_context("spawn"),

@@ -6,7 +6,7 @@ import csv
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import groupby, starmap
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -122,7 +122,7 @@ def score_suite(
         for number, planted in enumerate(suite.plants)
     ]
     found: dict[int, list[Score]] = {}
-    for number, scores in in_processes(work, given, jobs=jobs) if jobs != 1 else starmap(work, given):
+    for number, scores in in_processes(work, given, jobs=jobs):
         found[number] = scores
         if on_plant:
             on_plant(suite.plants[number].name)
