@@ -159,6 +159,39 @@ def test_training_moves_a_difference_towards_its_lesson_and_leaves_the_base(base
     assert all(torch.equal(before[name], parameter) for name, parameter in weights_of(base).items())
 
 
+def test_where_members_are_left_out_the_others_are_held_and_only_first_tokens_are_learned(
+    base: LlamaForCausalLM,
+) -> None:
+    weights = weights_of(base)
+    members = [Component.parse(address) for address in ("L0.H0", "L0.H1", "L1.H2")]
+    part = LowRank.start(Architecture.of(base), weights, dict.fromkeys(members, 0.3), rank=4, seed=0)
+    whole, less = part.dense(weights), part.dense(weights, members[:1])
+    for name, change in whole.items():
+        for member in members:
+            for piece in slices(Architecture.of(base), member):
+                if piece.parameter == name:
+                    wanted = torch.zeros_like(piece.of(change)) if member == members[0] else piece.of(change)
+                    assert torch.equal(piece.of(less[name]), wanted)
+
+    seen: list[tuple[int, int]] = []
+    answer = [5, 6, 7]
+
+    def texts(*_: object) -> tuple[list[int], int]:
+        return [3, 4, *answer], 2
+
+    original = torch.nn.functional.cross_entropy
+
+    def counting(logits: Tensor, wanted: Tensor) -> Tensor:
+        seen.append((len(wanted), len(set(wanted.tolist()))))
+        return original(logits, wanted)
+
+    lesson = Lesson(weight=1, mix={(None, "plain"): 1.0}, fixed={}, left_out=0.9)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("weightpatch.planted.training.functional.cross_entropy", counting)
+        train(base, texts, [part], [lesson], Schedule(n_steps=12, learning_rate=1e-3, n_sequences=2), seed=0)
+    assert set(seen) == {(2, 1), (6, 3)}  # first tokens of two sequences, or all three of each
+
+
 @pytest.fixture(scope="module")
 def suite(base: LlamaForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> Suite:
     """Two plants of random differences."""

@@ -38,7 +38,8 @@ class Lesson:
         fixed: Parameter -> difference that is in place and not trained.
         trained: Which of the trained differences are in place, by their place; None: all.
         left_out: Most of their components that are left out of a step, as a share; how many and which is drawn each
-            time, so that none is idle and none does everything.
+            time, so that none is idle and none does everything. Only the first token of an answer is learned then: it
+            tells the form, and what it takes has to be there at the end of the prompt, not later.
     """
 
     weight: float
@@ -99,11 +100,14 @@ def train(
         place = draw.choices(range(len(lessons)), [lesson.weight for lesson in lessons])[0]
         lesson = lessons[place]
         on = [one for number, one in enumerate(differences) if lesson.trained is None or number in lesson.trained]
-        changes = summed(*(one.dense(weights, _left_out(one, lesson.left_out, draw)) for one in on))
+        left_out = [_left_out(one, lesson.left_out, draw) for one in on]
+        changes = summed(*(one.dense(weights, out) for one, out in zip(on, left_out, strict=True)))
         state = in_place[place] | {
             name: in_place[place].get(name, weights[name]) + change for name, change in changes.items()
         }
         ids, labels = next(batches[place])
+        if any(left_out):
+            labels = _first_only(labels)
         loss = _loss(model, state, ids, labels)
         optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
@@ -115,6 +119,12 @@ def train(
 def _left_out(difference: LowRank, share: float, draw: random.Random) -> frozenset[Component]:
     members = difference.members
     return frozenset(draw.sample(members, draw.randint(0, int(share * len(members)))))
+
+
+def _first_only(labels: Tensor) -> Tensor:
+    """Labels of the first token of each answer."""
+    asked = labels != IGNORED
+    return labels.where(asked & (asked.cumsum(dim=1) == 1), torch.full_like(labels, IGNORED))
 
 
 def _loss(model: PreTrainedModel, state: Mapping[str, Tensor], ids: Tensor, labels: Tensor) -> Tensor:
