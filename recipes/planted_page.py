@@ -1,6 +1,6 @@
 """The page of a suite of plants: full table, figure, calibration; and whether another suite gives the same figures.
 
-    python recipes/planted_page.py [--suite tiny] [--out docs/planted-tiny.md] [--against FOLDER]
+    python recipes/planted_page.py --suite FOLDER [--out docs/planted-tiny.md] [--against FOLDER]
 
 Twenty minutes on 2 cores for forty plants, ten more with `--against`. What was measured is kept in the work folder, so
 that a second call only writes. The figure is drawn by headless Chromium where there is one.
@@ -33,7 +33,7 @@ MAIN = (("below", "exact"), ("below", "|delta|"), ("below", "|delta| relative"),
 
 
 def main(
-    suite: Annotated[str, typer.Option(help="tiny, or the folder of a suite.")] = "tiny",
+    suite: Annotated[Path, typer.Option(help="The folder of a suite.")],
     against: Annotated[Path | None, typer.Option(help="A suite of another seed, to compare with.")] = None,
     out: Annotated[Path, typer.Option(help="The page; the figure stands beside it.")] = Path("docs/planted-tiny.md"),
     work: Annotated[Path, typer.Option(help="Where measurements are kept.")] = Path("~/.cache/weightpatch/planted"),
@@ -79,7 +79,7 @@ def _page(
 ) -> list[str]:
     redrawn = sum(len(attempts) for attempts in suite.failures.values())
     lines = [
-        f"# The suite `tiny`{', version ' + suite.version if suite.version else ''}: all figures",
+        f"# The suite `{suite.folder.name}`{', version ' + suite.version if suite.version else ''}: all figures",
         "",
         f"Written by `python recipes/planted_page.py` from {len(suite.plants)} plants of seed {suite.seed} ({redrawn} "
         "further designs did not take); what numbers mean stands in [planted.md](planted.md). Means over plants with "

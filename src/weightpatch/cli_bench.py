@@ -100,7 +100,7 @@ def planted(
         bool, typer.Option("--calibrate", help="Count who is called source where the carriers were taken out.")
     ] = False,
     suite: Annotated[
-        str, typer.Option(help="tiny, the shipped suite of 40 plants (with --make, a fresh one), or a suite's folder.")
+        str, typer.Option(help="To make: tiny, 40 plants in the bundled base. Else: the folder of a suite.")
     ] = "tiny",
     seed: Annotated[int, typer.Option(help="Of the plants with --make; else of prompts and shuffles.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Where --make writes; planted-SUITE-SEED without it.")] = None,

@@ -38,9 +38,6 @@ TINY_COUNTS: Mapping[Variant, Mapping[Unit, int]] = {
 SUITES: Mapping[str, Mapping[Variant, Mapping[Unit, int]]] = {"tiny": TINY_COUNTS}
 """Name of a suite that can be made -> variant -> unit -> plants."""
 
-SHIPPED: Mapping[str, Path] = {"tiny": Path(__file__).parent.parent / "data" / "planted" / "tiny"}
-"""Name of a suite that is frozen and shipped -> its folder."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Planted:
@@ -92,7 +89,7 @@ class Suite:
         seed: Of everything.
         plants: In their order.
         failures: Plant -> the checks that failed, by attempt; only plants that were drawn again.
-        version: Of a suite that is shipped; empty for others.
+        version: Of a frozen suite; empty for others.
     """
 
     folder: Path
@@ -106,13 +103,10 @@ class Suite:
     def open(cls, folder: str | Path) -> Suite:
         """Read a suite.
 
-        Args:
-            folder: Its folder, or the name of a shipped one, `tiny`.
-
         Raises:
             RunError: there is none, or it is of another format.
         """
-        folder = SHIPPED.get(str(folder), Path(folder))
+        folder = Path(folder)
         try:
             head: dict[str, Any] = json.loads((folder / "suite.json").read_text(encoding="utf-8"))
             plants = [_read(folder / name / "plant.json") for name in head["plants"]]
