@@ -301,6 +301,7 @@ def _judged(
     is_carrier = table["component"].isin(planted.all_carriers).to_numpy()
     beyond = table["beyond_plain_low"].to_numpy() > 0
     explains = table["recovery"].to_numpy() >= SOURCE_SHARE * np.abs(np.nan_to_num(table["activation"].to_numpy()))
+    is_source = np.array([role == "source" for role in hierarchy.roles])
     by_p = (table["p_weights"].to_numpy() <= LEVEL_OF_ROLES) & explains
     by_q = (table["q_weights"].to_numpy() <= LEVEL_OF_ROLES) & explains
 
@@ -310,11 +311,11 @@ def _judged(
     return replace(
         blank,
         refused=False,
-        sources=count(np.array([role == "source" for role in hierarchy.roles]) & ~is_carrier),
+        sources=count(is_source & ~is_carrier),
         at_level=count(by_p & beyond & ~is_carrier),
         sources_shuffled=count(by_q & ~is_carrier),
         at_level_shuffled=count(by_p & ~is_carrier),
-        carriers=count(np.array([role == "source" for role in hierarchy.roles]) & is_carrier),
+        carriers=count(is_source & is_carrier),
         carriers_shuffled=count(by_q & is_carrier),
     )
 

@@ -25,10 +25,15 @@ def in_processes(
     Args:
         work: A function of a module.
         arguments: What it is called with.
-        jobs: Processes; None: as many as the machine has cores; 1: none, the work is done here.
+        jobs: Processes; None: as many as the machine has cores; 1: none, the work is done here, with one thread too.
     """
     if jobs == 1:
-        yield from starmap(work, arguments)
+        n_threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield from starmap(work, arguments)
+        finally:
+            torch.set_num_threads(n_threads)
         return
     pool = ProcessPoolExecutor(
         max_workers=max(1, min(jobs or os.cpu_count() or 1, len(arguments))),
