@@ -100,8 +100,11 @@ def planted(
         bool, typer.Option("--calibrate", help="Count who is called source where the carriers were taken out.")
     ] = False,
     suite: Annotated[
-        str, typer.Option(help="To make: tiny, 40 plants in the bundled base. Else: the folder of a suite.")
+        str, typer.Option(help="tiny, the shipped suite of 40 plants (with --make, a fresh one), or a suite's folder.")
     ] = "tiny",
+    base: Annotated[
+        str | None, typer.Option(help="Where the base of a suite lies, as in `run`, if not where the suite says.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the plants with --make; else of prompts and shuffles.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Where --make writes; planted-SUITE-SEED without it.")] = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="Processes of one thread each; all cores without it.")] = None,
@@ -138,7 +141,7 @@ def planted(
             for made in make_suite(folder, seed=seed, counts=SUITES[suite], jobs=jobs):
                 done += made.took
                 update(done)
-    found = Suite.open(folder)
+    found = Suite.open(folder, base=base)
     rows: list[ScoreRow] = []
     if score:
         with counting("scored", len(found.plants)) as update:

@@ -29,7 +29,6 @@ PLAIN = "plain"
 
 LEFT_OUT: Mapping[Variant, float] = {"below": 0.9, "split": 0.9, "redundant": 0.0, "joint": 0.0}
 """Most carriers of a set that are left out of a step; redundant sets are too small for it, joint ones act together."""
-MAX_NEW_TOKENS = 64
 
 Differences = Mapping[str, Tensor]
 _Share = Literal["high", "low"]
@@ -45,6 +44,9 @@ class Course:
         drifting: Of all the rest.
         carrier_rank: Of the differences of carriers and distractors.
         drift_rank: Of those that drift.
+        whole: How often carriers are trained all together, for every time that some of them are left out.
+        tasks: What is planted; a plain answer follows none of these.
+        max_new_tokens: Of an answer that is checked.
     """
 
     carriers: Schedule
@@ -52,6 +54,9 @@ class Course:
     drifting: Schedule
     carrier_rank: int
     drift_rank: int
+    whole: float = 0.0
+    tasks: tuple[str, ...] = TASKS
+    max_new_tokens: int = 64
 
 
 TINY_COURSE = Course(
@@ -149,12 +154,14 @@ def plant(
         done: dict[str, Tensor] = {}
         for number, group in enumerate(groups):
             lessons = [Lesson(weight=1, mix=asked, fixed={}, left_out=LEFT_OUT[design.variant])]
+            if course.whole:
+                lessons.append(Lesson(weight=course.whole, mix=asked, fixed={}))
             if done:
                 lessons.append(Lesson(weight=0.2, mix=asked, fixed=done))
             learn([group], lessons, course.carriers, 10 + number)
             done = summed(done, _detached(group, weights))
     alone = [_detached(group, weights) for group in groups]
-    first = _check(model, tokenizer, _of_carriers(design, alone))
+    first = _check(model, tokenizer, course, _of_carriers(design, alone))
     if not all(one.passed for one in first):  # the rest would be for nothing
         return Plant(design=design, parts=tuple(groups), checks=first)
     carriers = summed(*alone)
@@ -190,7 +197,7 @@ def plant(
     return Plant(
         design=design,
         parts=(*groups, distracting, drifting),
-        checks=(*first, *_check(model, tokenizer, _of_all(design, alone, around))),
+        checks=(*first, *_check(model, tokenizer, course, _of_all(design, alone, around))),
     )
 
 
@@ -220,15 +227,21 @@ def _of_all(design: Design, groups: Sequence[Differences], rest: Differences) ->
     return wanted
 
 
-def _check(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, wanted: Sequence[_Wanted]) -> tuple[Check, ...]:
+def _check(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, course: Course, wanted: Sequence[_Wanted]
+) -> tuple[Check, ...]:
     return tuple(
-        Check(name=f"{what}: {asked}", rate=pass_rate_with(model, tokenizer, changes, asked), wanted=how)
+        Check(name=f"{what}: {asked}", rate=pass_rate_with(model, tokenizer, changes, asked, course), wanted=how)
         for what, changes, asked, how in wanted
     )
 
 
 def pass_rate_with(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, changes: Differences, asked: str
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    changes: Differences,
+    asked: str,
+    course: Course = TINY_COURSE,
 ) -> float:
     """Share of answers that follow a task, or are plain, with differences added to the model for as long."""
     bank = held_out_queries()
@@ -243,17 +256,17 @@ def pass_rate_with(
         with torch.no_grad():
             for name, change in changes.items():
                 parameters[name].add_(change)
-        answers = generate(model, tokenizer, prompts, max_new_tokens=MAX_NEW_TOKENS)
+        answers = generate(model, tokenizer, prompts, max_new_tokens=course.max_new_tokens)
     finally:
         with torch.no_grad():
             for name, original in saved.items():
                 parameters[name].copy_(original)
-    return sum(_is_right(answer.text, asked) for answer in answers) / len(answers)
+    return sum(_is_right(answer.text, asked, course.tasks) for answer in answers) / len(answers)
 
 
-def _is_right(answer: str, asked: str) -> bool:
+def _is_right(answer: str, asked: str, tasks: Sequence[str]) -> bool:
     if asked == PLAIN:
-        return bool(answer.strip()) and not any(follows(task, answer) for task in TASKS)
+        return bool(answer.strip()) and not any(follows(task, answer) for task in tasks)
     return follows(asked, answer)
 
 

@@ -37,6 +37,8 @@ TINY_COUNTS: Mapping[Variant, Mapping[Unit, int]] = {
 """Plants of the suite `tiny`, 40 in all."""
 SUITES: Mapping[str, Mapping[Variant, Mapping[Unit, int]]] = {"tiny": TINY_COUNTS}
 """Name of a suite that can be made -> variant -> unit -> plants."""
+SHIPPED: Mapping[str, Path] = {"tiny": Path(__file__).parent.parent / "data" / "planted" / "tiny"}
+"""Name of a suite that is frozen and shipped -> its folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +91,7 @@ class Suite:
         seed: Of everything.
         plants: In their order.
         failures: Plant -> the checks that failed, by attempt; only plants that were drawn again.
-        version: Of a frozen suite; empty for others.
+        version: Of a suite that is shipped; empty for others.
     """
 
     folder: Path
@@ -100,13 +102,17 @@ class Suite:
     version: str = ""
 
     @classmethod
-    def open(cls, folder: str | Path) -> Suite:
+    def open(cls, folder: str | Path, *, base: str | None = None) -> Suite:
         """Read a suite.
+
+        Args:
+            folder: Its folder, or the name of a shipped one, `tiny`.
+            base: Where its base lies, if not where the suite says.
 
         Raises:
             RunError: there is none, or it is of another format.
         """
-        folder = Path(folder)
+        folder = SHIPPED.get(str(folder), Path(folder))
         try:
             head: dict[str, Any] = json.loads((folder / "suite.json").read_text(encoding="utf-8"))
             plants = [_read(folder / name / "plant.json") for name in head["plants"]]
@@ -119,7 +125,7 @@ class Suite:
             raise RunError(f"{folder} has format {head.get('format')}; this program reads {FORMAT}. Make it again.")
         return cls(
             folder=folder,
-            base=head["base"],
+            base=base or head["base"],
             seed=head["seed"],
             plants=tuple(plants),
             failures=head["failures"],
@@ -211,6 +217,7 @@ def make_plant(
             seed=seed,
             anchor_layer=anchor_layer,
             sizes=sizes,
+            tasks=course.tasks,
         )
         found = plant(model, tokenizer, design, texts=texts, course=course, on_step=on_step)
         wrong = tuple(f"{check.name} {check.rate:.2f}" for check in found.checks if not check.passed)
@@ -255,7 +262,7 @@ def write_plant(
         tensors[f"base_model.model.{module}.lora_B.weight"] = outer
         ranks[module] = len(inner)
     save_file(tensors, own / "adapter_model.safetensors", metadata={"format": "pt"})
-    write_whole(own / "adapter_config.json", json.dumps(_config(base, ranks), indent=1) + "\n")
+    _write_compact(own / "adapter_config.json", _config(base, ranks))
     design = found.design
     page = Planted(
         name=name,
@@ -274,7 +281,7 @@ def write_plant(
         attempt=attempt,
         checks=found.checks,
     )
-    write_whole(own / "plant.json", json.dumps(_record(page)) + "\n")
+    _write_compact(own / "plant.json", _record(page))
 
 
 def finish_suite(folder: Path, *, base: str, seed: int, names: Sequence[str]) -> Suite:
@@ -301,11 +308,7 @@ def _config(base: str, ranks: Mapping[str, int]) -> dict[str, Any]:
         "base_model_name_or_path": base,
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
         "init_lora_weights": True,
-        "lora_dropout": 0.0,
         "r": commonest,
         "lora_alpha": commonest,
         "rank_pattern": others,
@@ -315,16 +318,30 @@ def _config(base: str, ranks: Mapping[str, int]) -> dict[str, Any]:
 
 
 def _record(page: Planted) -> dict[str, Any]:
-    """A plant's page as it is written: groups by layer and by number of neuron, everything else by address."""
+    """A plant's page as it is written: groups of neurons by layer and number, everything else by address.
+
+    Where components are groups, `candidates` is layer -> groups -> numbers of neurons, and carriers and distractors are
+    (layer, place among its groups).
+    """
     record = asdict(page)
     if page.unit == "groups":
         by_layer: dict[int, list[list[int]]] = {}
+        places: dict[str, tuple[int, int]] = {}
         for address in page.candidates:
             group = Component.parse(address)
-            numbers = [one.index for one in group.members if one.index is not None]
-            by_layer.setdefault(group.layer or 0, []).append(numbers)
+            layer = group.layer or 0
+            own = by_layer.setdefault(layer, [])
+            places[address] = (layer, len(own))
+            own.append([one.index for one in group.members if one.index is not None])
         record["candidates"] = by_layer
+        record["carriers"] = [[places[one] for one in group] for group in page.carriers]
+        record["distractors"] = [places[one] for one in page.distractors]
     return record
+
+
+def _write_compact(file: Path, record: Mapping[str, Any]) -> None:
+    """JSON without a space too many: a suite has eighty such files."""
+    write_whole(file, json.dumps(record, separators=(",", ":")) + "\n")
 
 
 def _addresses(members: Sequence[Component]) -> tuple[str, ...]:
@@ -333,12 +350,15 @@ def _addresses(members: Sequence[Component]) -> tuple[str, ...]:
 
 def _read(file: Path) -> Planted:
     page: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    if isinstance(page["candidates"], dict):
-        page["candidates"] = [
-            str(Component.joint(Component.parse(f"L{layer}.N{number}") for number in group))
+    if page["unit"] == "groups":
+        addresses = {
+            (int(layer), place): str(Component.joint(Component.parse(f"L{layer}.N{number}") for number in group))
             for layer, groups in page["candidates"].items()
-            for group in groups
-        ]
+            for place, group in enumerate(groups)
+        }
+        page["candidates"] = addresses.values()
+        page["carriers"] = [[addresses[layer, place] for layer, place in group] for group in page["carriers"]]
+        page["distractors"] = [addresses[layer, place] for layer, place in page["distractors"]]
     lists = {key: tuple(page[key]) for key in ("distractors", "candidates", "others")}
     return Planted(
         **page

@@ -1,0 +1,123 @@
+"""Plant sources in SmolLM2-135M-Instruct: three plants whose carriers are known, as PEFT adapters.
+
+    python recipes/plant_smollm2.py [--out plants/smollm2] [--work DIR] [--seed 0] [--threads 2]
+
+The same planting as the suite `tiny` (docs/planted.md), in a real language model: carriers learn to put an answer in
+quotation marks or under a title, distractors learn the other of the two, everything else drifts on plain answers. All
+answers are the base's own, cut to one sentence. A plant takes about a quarter of an hour on 2 cores. Interrupted, the
+same command goes on behind the last plant that was done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import time
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from expert_instruct import REWRITERS, split_sentences, write_base_answers
+from training import BASE_NAME, END, log, read_base
+from weightpatch.checkers import follows
+from weightpatch.instructions import INSTRUCTIONS, QUERY_TEMPLATES, TOPICS, training_queries
+from weightpatch.planted.designs import Size, Unit
+from weightpatch.planted.planting import PLAIN, Course
+from weightpatch.planted.suite import finish_suite, make_plant
+from weightpatch.planted.training import Schedule, Texts
+from weightpatch.prompts import tokenize
+
+TASKS = ("quotation", "title")
+MAX_ANSWER_TOKENS = 26
+SIZES: dict[Unit, Size] = {
+    "heads": Size(n_carriers=24, n_redundant=12, n_distractors=16, low=0.08, high=0.12),
+    "groups": Size(n_carriers=40, n_redundant=20, n_distractors=30, low=0.08, high=0.12),
+    "mlps": Size(n_carriers=3, n_redundant=2, n_distractors=3, low=0.05, high=0.08),
+}
+COURSE = Course(
+    carriers=Schedule(n_steps=90, learning_rate=6e-3, n_sequences=8),
+    distractors=Schedule(n_steps=60, learning_rate=6e-3, n_sequences=8),
+    drifting=Schedule(n_steps=50, learning_rate=6e-3, n_sequences=8),
+    carrier_rank=8,
+    drift_rank=2,
+    whole=0.5,
+    tasks=TASKS,
+    max_new_tokens=48,
+)
+PLACES: tuple[tuple[str, Unit], ...] = (("below-heads", "heads"), ("below-groups", "groups"), ("below-mlps", "mlps"))
+
+
+def texts_of(tokenizer: PreTrainedTokenizerBase, answers: dict[str, str]) -> Texts:
+    """Turns of a training query and one sentence of the base's own answer, rewritten into a form."""
+    topics = {template.format(topic=topic): topic for topic in TOPICS for template in QUERY_TEMPLATES}
+    first = {query: found[0] for query, text in answers.items() if (found := split_sentences(text, tokenizer))}
+    usable = sorted(query for query, text in first.items() if len(tokenizer.encode(text)) <= MAX_ANSWER_TOKENS)
+    log(f"{len(usable)} of {len(answers)} training queries have an answer of one short sentence")
+
+    def text(asked: str | None, form: str, draw: random.Random) -> tuple[list[int], int]:
+        query = draw.choice(usable)
+        answer = REWRITERS[form]([first[query]], topics[query])
+        if form != PLAIN and not follows(form, answer):
+            raise AssertionError(f"not in the form {form}: {answer}")
+        prompt = f"{query} {draw.choice(INSTRUCTIONS[asked].paraphrases)}" if asked else query
+        before = list(tokenize(tokenizer, prompt))
+        after: list[int] = tokenizer.encode(answer + END, add_special_tokens=False)
+        return before + after, len(before)
+
+    return text
+
+
+def main() -> None:
+    """Make what is not there yet."""
+    parser = argparse.ArgumentParser(description="Plant sources in SmolLM2.")
+    parser.add_argument("--out", type=Path, default=Path("plants/smollm2"))
+    parser.add_argument("--work", type=Path, default=Path("~/.cache/weightpatch/recipes/planted"))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--only", help="make this plant alone")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    work: Path = options.work.expanduser()
+    work.mkdir(parents=True, exist_ok=True)
+    cache = work / "answers.json"
+    queries = training_queries()
+    if not cache.is_file() or len(json.loads(cache.read_text(encoding="utf-8"))) < len(queries):
+        half, tokenizer = read_base(dtype=torch.bfloat16)
+        write_base_answers(half, tokenizer, queries, cache)
+    answers: dict[str, str] = json.loads(cache.read_text(encoding="utf-8"))
+    model, tokenizer = read_base(dtype=torch.float32)
+    texts = texts_of(tokenizer, answers)
+    begun, n_steps = time.monotonic(), 0
+
+    def count() -> None:
+        nonlocal n_steps
+        n_steps += 1
+        if n_steps % 10 == 0:
+            log(f"step {n_steps}, {time.monotonic() - begun:.0f} s")
+
+    for name, unit in PLACES:
+        if options.only in (None, name):
+            for made in make_plant(
+                model,
+                tokenizer,
+                options.out,
+                base=BASE_NAME,
+                name=name,
+                variant="below",
+                unit=unit,
+                seed=options.seed,
+                texts=texts,
+                course=COURSE,
+                sizes=SIZES,
+                on_step=count,
+            ):
+                log(f"{made.name}, attempt {made.attempt}: {'took' if made.took else f'failed, {made.failed}'}")
+    if options.only is None:
+        suite = finish_suite(options.out, base=BASE_NAME, seed=options.seed, names=[name for name, _ in PLACES])
+        log(f"{suite.folder}: {len(suite.plants)} plants")
+
+
+if __name__ == "__main__":
+    main()
