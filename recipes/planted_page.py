@@ -93,8 +93,8 @@ def _page(
         "",
         f"Written by `python recipes/planted_page.py` from {len(suite.plants)} plants of seed {suite.seed} ({redrawn} "
         "further designs did not take); what numbers mean stands in [planted.md](planted.md). Means over plants with "
-        "95 % intervals (Student, over plants); an interval of two plants is wide, and AUROCs pile up at 1, so an "
-        "interval may reach beyond it.",
+        "95 % intervals (Student, over plants; none for two plants); AUROCs pile up at 1, so an interval may reach "
+        "beyond it.",
         "",
         f"Scored in {own['scored_in']:.0f} s, calibrated in {own['calibrated_in']:.0f} s, by {own['jobs']} processes "
         "of one thread each.",
@@ -133,7 +133,7 @@ def _table(rows: Sequence[Row], among: str, variant: str) -> list[str]:
         cells = [
             method.replace("|", "\\|"),
             *(
-                _interval(row.auroc, row.ci_low, row.ci_high)
+                _interval(row.auroc, row.ci_low, row.ci_high) if row.n_plants > 2 else f"{row.auroc:.3f}"
                 for row in (chosen[method, unit] for unit in (*UNITS, ALL))
             ),
             _interval(whole.behind, whole.behind_low, whole.behind_high),
