@@ -47,3 +47,7 @@ class NoGapError(WeightpatchError):
 
 class RunError(WeightpatchError):
     """A run folder that cannot be used as asked."""
+
+
+class MergeError(WeightpatchError):
+    """Experts that cannot be merged as asked."""

@@ -1,0 +1,155 @@
+"""From the differences of several experts to one: coefficients, sparsifiers, sign election, average."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from weightpatch.errors import MergeError
+from weightpatch.merging.sparsifying import Draw, Sparsifier, sparsify
+
+Election = Literal["none", "weighted", "unweighted"]
+"""Where experts pull an entry both ways, only those on the side of the sum count. `weighted`: the sum of what would be
+added, as in mergekit; `unweighted`: the sum of the differences, as in the TIES paper."""
+Average = Literal["none", "all", "kept"]
+"""What the sum is divided by, entry by entry: nothing, all coefficients, or those of experts that add something."""
+
+_LEAST = 1e-8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """How experts' differences become one.
+
+    Attributes:
+        sparsifier: What of each difference stays.
+        election: Whether experts vote on signs.
+        average: What the sum is divided by.
+        scale: What the sum is multiplied by in the end (`lambda`).
+    """
+
+    sparsifier: Sparsifier = field(default_factory=Sparsifier)
+    election: Election = "none"
+    average: Average = "none"
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check the names.
+
+        Raises:
+            MergeError: an unknown one.
+        """
+        for name, value, known in (("election", self.election, Election), ("average", self.average, Average)):
+            if value not in get_args(known):
+                raise MergeError(f"unknown {name} {value!r} of a merge. Choose one of {', '.join(get_args(known))}.")
+
+
+METHODS: Mapping[str, Method] = {
+    "task-arithmetic": Method(),
+    "ties": Method(sparsifier=Sparsifier(kind="trim", density=0.2), election="weighted", average="kept"),
+    "dare-linear": Method(sparsifier=Sparsifier(kind="drop", density=0.5, rescale="inverse")),
+    "dare-ties": Method(sparsifier=Sparsifier(kind="drop", density=0.5, rescale="inverse"), election="weighted"),
+    "della": Method(
+        sparsifier=Sparsifier(kind="magprune", density=0.5, rescale="l1"), election="weighted", average="kept"
+    ),
+    "della-linear": Method(sparsifier=Sparsifier(kind="magprune", density=0.5, rescale="l1")),
+    "breadcrumbs": Method(sparsifier=Sparsifier(kind="breadcrumbs", density=0.9)),
+    "localize-and-stitch": Method(sparsifier=Sparsifier(kind="trim", density=0.05), average="kept"),
+}
+"""Name -> what it does; `dataclasses.replace` changes a part. Localize-and-Stitch (arXiv:2408.13656) in its dataless
+form; like TIES it is published with one threshold for a whole model, which `combine` takes as `thresholds`."""
+
+
+def combine(
+    base: Tensor,
+    changes: Sequence[Tensor],
+    coefficients: Sequence[Tensor],
+    method: Method,
+    *,
+    draws: Sequence[Draw],
+    thresholds: Sequence[float | None] | None = None,
+) -> Tensor:
+    """One merged tensor: base + scale * sum_i c_i S(d_i), with the method's election and average.
+
+    Coefficients of 0 take their entries out before anything is sparsified: ranks, shares and norms are those of what is
+    selected. Election and average go entry by entry, so an expert has no vote where its coefficient is 0.
+
+    Args:
+        base: The base's tensor, float32.
+        changes: Each expert's tensor minus the base's, same shape.
+        coefficients: Each expert's: a single number, or one along one axis (shape `(rows, 1)` or `(1, columns)`, as
+            `broadcast` would have it).
+        method: How.
+        draws: Of each expert, for what is left to chance; see `seeded_draw`.
+        thresholds: Of each expert, for `trim` over more than this tensor; None: by its density in this tensor.
+
+    Returns:
+        The merged tensor, the base's shape and dtype.
+
+    Raises:
+        MergeError: shapes that do not fit, or coefficients that vary along two axes.
+    """
+    thresholds = thresholds or [None] * len(changes)
+    parts: list[Tensor] = []
+    thinned: list[Tensor] = []
+    for change, coefficient, draw, threshold in zip(changes, coefficients, draws, thresholds, strict=True):
+        left = _within(change, coefficient, partial(sparsify, how=method.sparsifier, draw=draw, threshold=threshold))
+        thinned.append(left)
+        parts.append(coefficient * left)
+    if method.election != "none":
+        votes = parts if method.election == "weighted" else thinned
+        elected = torch.where(sum(votes, torch.zeros_like(base)) >= 0, 1.0, -1.0)
+        parts = [part * (vote.sign() == elected) for part, vote in zip(parts, votes, strict=True)]
+    total = sum(parts, torch.zeros_like(base))
+    if method.average == "all":
+        divisor = sum((one.expand_as(base) for one in coefficients), torch.zeros_like(base))
+        total = total / torch.where(divisor.abs() < _LEAST, 1.0, divisor)
+    elif method.average == "kept":
+        divisor = sum((c * (part != 0) for c, part in zip(coefficients, parts, strict=True)), torch.zeros_like(base))
+        total = total / torch.where(divisor == 0, 1.0, divisor)
+    return base + method.scale * total
+
+
+def _within(change: Tensor, coefficient: Tensor, thin: partial[Tensor]) -> Tensor:
+    """A difference thinned out where its coefficient is not 0, and 0 elsewhere."""
+    ends = zip(reversed(coefficient.shape), reversed(change.shape), strict=False)
+    fits = coefficient.ndim <= change.ndim and all(own in (1, length) for own, length in ends)
+    axes = [axis for axis, length in enumerate(coefficient.shape) if length > 1]
+    if not fits or len(axes) > 1:
+        raise MergeError(
+            f"coefficients of shape {tuple(coefficient.shape)} do not fit a tensor of shape {tuple(change.shape)}: "
+            "give one number, or one along a single axis."
+        )
+    chosen = coefficient.reshape(-1) != 0
+    if bool(chosen.all()):
+        return thin(change)
+    left = torch.zeros_like(change)
+    if not axes or not bool(chosen.any()):
+        return left
+    axis = axes[0] - coefficient.ndim + change.ndim
+    places = chosen.nonzero()[:, 0]
+    return left.index_copy_(axis, places, thin(change.index_select(axis, places)))
+
+
+def seeded_draw(seed: int, expert: str, tensor: str) -> Draw:
+    """Chance that depends on these three alone, so that a merge is the same in whatever order tensors come.
+
+    Args:
+        seed: Of the merge.
+        expert: Name of the expert.
+        tensor: Name of the tensor.
+    """
+    digest = hashlib.sha256(f"{seed}\0{expert}\0{tensor}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+    def draw(probabilities: Tensor) -> Tensor:
+        numbers = torch.rand(probabilities.shape, generator=generator)
+        return numbers.to(probabilities.device) < probabilities
+
+    return draw
