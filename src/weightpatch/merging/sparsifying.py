@@ -18,6 +18,8 @@ the largest but for outliers (arXiv:2312.06795)."""
 Rescale = Literal["none", "inverse", "l1"]
 """`inverse`: every entry over its probability of being kept, as DARE and DELLA are published; `l1`: the whole so that
 the sum of sizes is what it was, as mergekit does."""
+Scope = Literal["tensor", "model"]
+"""What `trim` ranks together: each tensor, as mergekit does, or the whole model, as TIES is published."""
 Draw = Callable[[Tensor], Tensor]
 """Probabilities -> what is kept, of the same shape, bool."""
 
@@ -34,6 +36,7 @@ class Sparsifier:
         rescale: Whether what stays grows for what goes.
         gamma: Of `breadcrumbs`: share of the largest entries that go as outliers.
         epsilon: Of `magprune`: the probability of being kept runs from density - epsilon to density + epsilon.
+        over: What `trim` ranks together.
     """
 
     kind: Kind = "none"
@@ -41,6 +44,7 @@ class Sparsifier:
     rescale: Rescale = "none"
     gamma: float = 0.01
     epsilon: float = 0.15
+    over: Scope = "tensor"
 
     def __post_init__(self) -> None:
         """Check the numbers.

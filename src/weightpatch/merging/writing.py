@@ -1,0 +1,234 @@
+"""A merged checkpoint, written tensor by tensor: whole models are never in memory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from weightpatch.checkpoint import read_config, read_tokenizer
+from weightpatch.errors import MergeError
+from weightpatch.merging.coefficients import Coefficients
+from weightpatch.merging.combining import METHODS, Method, combine, seeded_draw
+from weightpatch.merging.inputs import Inputs
+from weightpatch.merging.thresholds import find_threshold
+
+SHARD_BYTES = 4_000_000_000
+_NOTE = "merge.json"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Merge:
+    """What is to be merged, and how.
+
+    Attributes:
+        inputs: Base and experts.
+        coefficients: Of each expert and parameter.
+        method: How differences become one.
+        dtype: Of what is written; None: as the base's files have it, parameter by parameter.
+        seed: Of what is left to chance, which depends on it, the expert and the parameter alone.
+        shard_bytes: Of one file, at most, unless a single parameter is larger.
+    """
+
+    inputs: Inputs
+    coefficients: Coefficients
+    method: Method = METHODS["task-arithmetic"]
+    dtype: torch.dtype | None = None
+    seed: int = 0
+    shard_bytes: int = SHARD_BYTES
+
+    def __post_init__(self) -> None:
+        """Check that coefficients and inputs fit.
+
+        Raises:
+            MergeError: other experts, or parameters without coefficients.
+        """
+        wrong: list[str] = []
+        experts = tuple(self.inputs.theirs)
+        if experts != self.coefficients.experts:
+            wrong.append(
+                f"coefficients are of {', '.join(self.coefficients.experts)}, experts are {', '.join(experts)}"
+            )
+        if missing := sorted(self.inputs.ours.shapes.keys() - self.coefficients.tensors.keys()):
+            wrong.append(f"no coefficients for {len(missing)} parameters, the first {missing[0]}")
+        if wrong:
+            raise MergeError(f"cannot be merged: {'; '.join(wrong)}.")
+
+    def write(self, out: str | Path, *, on_parameter: Callable[[int, int], None] | None = None) -> Path:
+        """Write a folder that transformers loads.
+
+        Parameters are merged in float32. Shards appear whole or not at all, and a call that was interrupted goes on
+        behind its last one when it is made again.
+
+        Args:
+            out: A folder, new or of the same merge.
+            on_parameter: Called with the number of parameters that are done, and of all.
+
+        Raises:
+            MergeError: a folder with something else in it.
+        """
+        folder = _claim(Path(out), self._settings())
+        stored = {name: self.dtype or self.inputs.ours.tensor(name).dtype for name in self.inputs.ours.shapes}
+        sizes = {name: torch.Size(shape).numel() * stored[name].itemsize for name, shape in _shapes(self).items()}
+        shards = dict(_shards(sizes, self.shard_bytes))
+        thresholds: Mapping[str, float | None] | None = None
+        done = 0
+        for file, names in shards.items():
+            if not _is_whole(folder / file):
+                thresholds = thresholds or self.thresholds()
+                merged: dict[str, Tensor] = {}
+                for number, name in enumerate(names, done + 1):
+                    merged[name] = self.parameter(name, thresholds).to(stored[name])
+                    if on_parameter:
+                        on_parameter(number, len(stored))
+                partial = folder / f"{file}.partial"
+                save_file(merged, partial, metadata={"format": "pt"})
+                partial.replace(folder / file)
+            done += len(names)
+        self._finish(folder, shards, sizes, stored)
+        return folder
+
+    def parameter(self, name: str, thresholds: Mapping[str, float | None]) -> Tensor:
+        """One merged parameter, float32; where it stacks the matrices of a mixture's experts, matrix by matrix.
+
+        Args:
+            name: Of the parameter.
+            thresholds: What `thresholds` found.
+        """
+        base = self.inputs.weights(name)
+        changes = [self.inputs.change(expert, name) for expert in self.inputs.theirs]
+        coefficients = self.coefficients.tensors[name]
+        draws = [seeded_draw(self.seed, expert, name) for expert in self.inputs.theirs]
+        edges = [thresholds[expert] for expert in self.inputs.theirs]
+        if base.ndim < 3:
+            return combine(base, changes, coefficients, self.method, draws=draws, thresholds=edges).contiguous()
+        every = [one.expand(len(base), 1, 1) if one.ndim == 0 else one for one in coefficients]
+        return torch.stack(
+            [
+                combine(
+                    matrix,
+                    [change[number] for change in changes],
+                    [one[number] for one in every],
+                    self.method,
+                    draws=draws,
+                    thresholds=edges,
+                )
+                for number, matrix in enumerate(base)
+            ]
+        )
+
+    def thresholds(self) -> dict[str, float | None]:
+        """Expert -> the least size that is kept; None where that is decided within each parameter."""
+        experts = self.inputs.theirs
+        if self.method.sparsifier.over != "model":
+            return dict.fromkeys(experts)
+
+        def selected(place: int, expert: str) -> Iterator[Tensor]:
+            for name in self.inputs.ours.shapes:
+                coefficient = self.coefficients.tensors[name][place]
+                if bool((coefficient != 0).any()):
+                    change = self.inputs.change(expert, name)
+                    yield change[(coefficient != 0).expand_as(change)]
+
+        return {
+            expert: find_threshold(lambda: selected(place, expert), self.method.sparsifier.density)  # noqa: B023  called at once
+            for place, expert in enumerate(experts)
+        }
+
+    def _settings(self) -> dict[str, Any]:
+        """Everything that decides the bytes of the merge."""
+        digest = hashlib.sha256()
+        for name, every in sorted(self.coefficients.tensors.items()):
+            for one in every:
+                digest.update(f"{name} {tuple(one.shape)} ".encode() + one.contiguous().numpy().tobytes())
+        return {
+            "base": self.inputs.base.reference,
+            "experts": {name: one.reference for name, one in self.inputs.experts.items()},
+            "method": asdict(self.method),
+            "coefficients": digest.hexdigest(),
+            "dtype": str(self.dtype).removeprefix("torch.") if self.dtype else "as the base",
+            "seed": self.seed,
+            "shard_bytes": self.shard_bytes,
+            "versions": {name: version(name) for name in ("weightpatch", "torch", "transformers")},
+        }
+
+    def _finish(
+        self,
+        folder: Path,
+        shards: Mapping[str, Sequence[str]],
+        sizes: Mapping[str, int],
+        stored: Mapping[str, torch.dtype],
+    ) -> None:
+        """Index, config and tokenizer."""
+        if len(shards) > 1:
+            places = {name: file for file, names in shards.items() for name in names}
+            index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
+            _write(folder / "model.safetensors.index.json", index)
+        config = read_config(self.inputs.base)
+        dtypes = list(stored.values())
+        config.dtype = max(dtypes, key=dtypes.count)
+        config.save_pretrained(folder)
+        if (tokenizer := read_tokenizer(self.inputs.base)) is not None:
+            tokenizer.save_pretrained(folder)
+
+
+def _shapes(merge: Merge) -> Mapping[str, tuple[int, ...]]:
+    return merge.inputs.ours.shapes
+
+
+def _claim(folder: Path, settings: Mapping[str, Any]) -> Path:
+    """Begin the folder, or go on in one of the same merge."""
+    folder.mkdir(parents=True, exist_ok=True)
+    note = folder / _NOTE
+    if not note.is_file():
+        if any(folder.iterdir()):
+            raise MergeError(f"{folder} is not empty and holds no merge: name a new folder.")
+        _write(note, settings)
+        return folder
+    found: dict[str, Any] = json.loads(note.read_text(encoding="utf-8"))
+    wanted: dict[str, Any] = json.loads(json.dumps(settings))
+    if differing := [key for key in wanted if found.get(key) != wanted[key]]:
+        raise MergeError(f"{folder} holds a merge of another {', '.join(differing)}: name another folder.")
+    return folder
+
+
+def _write(file: Path, record: Mapping[str, Any]) -> None:
+    """JSON, there completely or not at all."""
+    partial = file.with_name(f"{file.name}.partial")
+    partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    partial.replace(file)
+
+
+def _shards(sizes: Mapping[str, int], most: int) -> Iterator[tuple[str, list[str]]]:
+    """Each file with its parameters, in the model's order."""
+    groups: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if groups[-1] and filled + size > most:
+            groups.append([])
+            filled = 0
+        groups[-1].append(name)
+        filled += size
+    if len(groups) == 1:
+        yield "model.safetensors", groups[0]
+        return
+    for number, names in enumerate(groups, 1):
+        yield f"model-{number:05d}-of-{len(groups):05d}.safetensors", names
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether a shard is there: they are renamed into place, so a header that can be read is the whole file."""
+    try:
+        with safe_open(file, framework="pt"):
+            return True
+    except (OSError, SafetensorError):
+        return False
