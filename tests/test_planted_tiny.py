@@ -58,14 +58,14 @@ def test_the_datasheet_names_version_seed_and_redrawn_designs(suite: Suite) -> N
     assert re.search(rf"\b{redrawn} further designs", sheet)
 
 
-@pytest.mark.parametrize("name", ["below-kvs-0", "split-heads-0"])
+@pytest.mark.parametrize("name", ["below-kvs-0"])
 def test_a_shipped_plant_does_what_its_page_says(suite: Suite, name: str) -> None:
     check_answers(suite, next(one for one in suite.plants if one.name == name))
 
 
 @pytest.mark.slow
-def test_every_second_shipped_plant_does_what_its_page_says(suite: Suite) -> None:
-    for planted in suite.plants[::2]:
+def test_every_fourth_shipped_plant_does_what_its_page_says(suite: Suite) -> None:
+    for planted in suite.plants[::4]:
         check_answers(suite, planted)
 
 
