@@ -4,8 +4,9 @@
 
 The same planting as the suite `tiny` (docs/planted.md), in a real language model: carriers learn to put an answer in
 quotation marks or under a title, distractors learn the other of the two, everything else drifts on plain answers. All
-answers are the base's own, cut to one sentence. A plant takes about a quarter of an hour on 2 cores. Interrupted, the
-same command goes on behind the last plant that was done.
+answers are the base's own, cut to one sentence. **Not finished: with these settings no plant has taken yet** (three
+designs of heads failed by a little, LOG.md, 2026-11-23). A design takes 10 to 25 minutes on one core. Interrupted, the
+same command goes on behind the last design that was tried.
 """
 
 from __future__ import annotations
