@@ -271,6 +271,8 @@ def test_every_setting_of_every_method_changes_what_comes_out(
     [
         (lambda: Sparsifier(kind="prune"), "unknown kind 'prune'"),  # type: ignore[arg-type]
         (lambda: Sparsifier(kind="drop", rescale="l2"), "unknown rescale 'l2'"),  # type: ignore[arg-type]
+        (lambda: Sparsifier(kind="trim", over="layer"), "unknown over 'layer'"),  # type: ignore[arg-type]
+        (lambda: Sparsifier(kind="drop", over="model"), "only trim can rank a whole model"),
         (lambda: Sparsifier(kind="trim", density=0), "density 0 is no share"),
         (lambda: Sparsifier(kind="magprune", density=0.9), "runs from 0.75 to 1.05"),
         (lambda: Sparsifier(kind="trim", rescale="inverse"), "keeps nothing at random"),

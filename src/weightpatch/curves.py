@@ -15,13 +15,14 @@ import pandas as pd
 from weightpatch.behaviour import MAX_NEW_TOKENS, Answering, can_judge
 from weightpatch.component import Component, encloses
 from weightpatch.errors import RunError
+from weightpatch.files import write_whole
 from weightpatch.jsonable import known
 from weightpatch.pair import ModelPair
 from weightpatch.patch import Recipient
 from weightpatch.prompts import ContrastPrompts
 from weightpatch.recording import read_effects
 from weightpatch.robustness import robustness
-from weightpatch.run import Progress, Run, write_whole
+from weightpatch.run import Progress, Run
 from weightpatch.stability import areas
 from weightpatch.statistics import orientation
 from weightpatch.validation import (

@@ -11,9 +11,10 @@ import torch
 
 from weightpatch.component import Component
 from weightpatch.drilling import BUDGET, N_GROUPS, DrillDown, steps
+from weightpatch.files import write_whole
 from weightpatch.pair import ModelPair
 from weightpatch.recording import read_effects
-from weightpatch.run import Progress, Run, settle, write_whole
+from weightpatch.run import Progress, Run, settle
 
 
 @dataclass(frozen=True, kw_only=True)

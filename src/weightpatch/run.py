@@ -41,6 +41,7 @@ from weightpatch.component import Component
 from weightpatch.derivation import Rows
 from weightpatch.effects import Effects
 from weightpatch.errors import RunError
+from weightpatch.files import write_whole
 from weightpatch.localization import Engine, Method
 from weightpatch.prompts import ContrastPrompts
 from weightpatch.recording import read_delivered, read_effects
@@ -360,13 +361,6 @@ def alone(folder: Path) -> Iterator[None]:
         raise RunError(f"another process is at work on {folder}. Wait for it, or name another folder.") from error
     except OSError as error:
         raise RunError(f"cannot write to {folder}: {error}.") from error
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Write a file so that it is there completely or not at all."""
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(file)
 
 
 def settle(run: Run, task: str, stage: str, settings: dict[str, Any], *, results: Sequence[str] = ()) -> bool:

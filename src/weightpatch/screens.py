@@ -13,6 +13,7 @@ from weightpatch.anchor import Anchor
 from weightpatch.component import Component
 from weightpatch.errors import NoGapError
 from weightpatch.estimation import Estimation, estimate_tokens
+from weightpatch.files import write_whole
 from weightpatch.jsonable import known
 from weightpatch.localization import localize, sweep
 from weightpatch.outputs import fit_divergence, fit_margin
@@ -20,7 +21,7 @@ from weightpatch.pair import ModelPair
 from weightpatch.prompts import ContrastPrompts
 from weightpatch.reading import Target
 from weightpatch.recording import append_effects, read_effects
-from weightpatch.run import Progress, Run, settle, write_whole
+from weightpatch.run import Progress, Run, settle
 from weightpatch.screening import BUDGET, CONFIDENCE, Screened, Screening, choose, compare, how_far, to_measure
 from weightpatch.statistics import check_gap
 

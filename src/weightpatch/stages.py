@@ -19,6 +19,7 @@ from weightpatch.behaviour import Answering, Bench, can_judge
 from weightpatch.component import components
 from weightpatch.difference import weight_differences
 from weightpatch.errors import NoGapError, RunError
+from weightpatch.files import write_whole
 from weightpatch.fitting import Gates, fit_anchor, halves
 from weightpatch.localization import ALL_TARGETS, deliver, plan, sweep, targets_of
 from weightpatch.pair import ModelPair, check_prompts
@@ -27,7 +28,7 @@ from weightpatch.reading import reference
 from weightpatch.recording import append_effects, read_effects
 from weightpatch.residuals import tokens_per_call
 from weightpatch.responses import with_responses
-from weightpatch.run import FORMAT, Progress, Run, RunConfig, check_folder, refusal, write_whole
+from weightpatch.run import FORMAT, Progress, Run, RunConfig, check_folder, refusal
 from weightpatch.statistics import check_gap
 
 N_PROMPTS_OF_OTHERS = 12

@@ -20,6 +20,7 @@ from weightpatch.engine.activations import has_output
 from weightpatch.engine.edges import Receives
 from weightpatch.errors import NoGapError, RunError
 from weightpatch.executors import Executors, find_executors
+from weightpatch.files import write_whole
 from weightpatch.hierarchy import Hierarchy, Suspects, find_roles, find_suspects
 from weightpatch.jsonable import finite, known
 from weightpatch.localization import Method, plan, sweep, targets_of
@@ -28,7 +29,7 @@ from weightpatch.pair import ModelPair
 from weightpatch.paths import ANCHOR, direct_effects
 from weightpatch.prompts import ContrastPrompts
 from weightpatch.recording import append_effects, read_effects, whole_lines
-from weightpatch.run import Progress, Run, settle, write_whole
+from weightpatch.run import Progress, Run, settle
 from weightpatch.suppliers import TraceSettings
 from weightpatch.tracing import trace
 

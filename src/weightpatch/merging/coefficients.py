@@ -109,22 +109,22 @@ class Coefficients:
 
 def _of_expert(architecture: Architecture, weights: Mapping[Component, float], rest: float) -> dict[str, Tensor]:
     """Parameter -> coefficient of one expert."""
-    marks: dict[tuple[str, int | None], _Cut] = {}
+    marks: dict[str, dict[int | None, _Cut]] = {}
     for component, weight in weights.items():
         for piece in slices(architecture, component):
             shape = architecture.parameters[piece.parameter]
             matrix = shape if piece.expert is None else shape[1:]
-            cut = marks.setdefault((piece.parameter, piece.expert), _Cut.empty(piece.axis, matrix))
+            cut = marks.setdefault(piece.parameter, {}).setdefault(piece.expert, _Cut.empty(piece.axis, matrix))
             cut.mark(range(piece.start, piece.stop), piece.axis, weight, component)
     found: dict[str, Tensor] = {}
     for name, shape in architecture.parameters.items():
-        numbers = {number: cut for (owner, number), cut in marks.items() if owner == name}
-        if not numbers:
+        cuts = marks.get(name)
+        if not cuts:
             found[name] = torch.tensor(float(rest))
-        elif None in numbers:
-            found[name] = numbers[None].coefficient(rest)
+        elif None in cuts:
+            found[name] = cuts[None].coefficient(rest)
         else:
-            found[name] = _stacked([numbers.get(number) for number in range(shape[0])], rest)
+            found[name] = _stacked([cuts.get(number) for number in range(shape[0])], rest)
     return found
 
 

@@ -63,7 +63,7 @@ METHODS: Mapping[str, Method] = {
     "localize-and-stitch": Method(sparsifier=Sparsifier(kind="trim", density=0.05), average="kept"),
 }
 """Name -> what it does; `dataclasses.replace` changes a part. Localize-and-Stitch (arXiv:2408.13656) in its dataless
-form; like TIES it is published with one threshold for a whole model, which `combine` takes as `thresholds`."""
+form; like TIES it is published with one threshold for a whole model: `over="model"` of its sparsifier."""
 
 
 def combine(

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from weightpatch.architecture import Architecture, skeleton
-from weightpatch.checkpoint import Checkpoint, find, read_config, read_tokenizer
+from weightpatch.checkpoint import Checkpoint, find, read_config
 from weightpatch.errors import MergeError
+from weightpatch.pair import check_pair
 from weightpatch.sources import Source, open_source
 
 
@@ -34,30 +35,41 @@ class Inputs:
     theirs: Mapping[str, Source]
 
     @classmethod
-    def open(cls, base: str | Path, experts: Mapping[str, str | Path], *, allow_pickle: bool = False) -> Inputs:
-        """Find everything and check that it fits, before anything is merged.
+    def open(
+        cls,
+        base: str | Path,
+        experts: Mapping[str, str | Path],
+        *,
+        allow_pickle: bool = False,
+        any_adapter_base: bool = False,
+    ) -> Inputs:
+        """Find everything and check each expert against the base as a pair, before any weight is read.
 
         Args:
             base: Hub id, folder or GGUF file.
             experts: Name -> hub id, folder, GGUF file, or PEFT adapter folder over the base.
             allow_pickle: Read pickled weights too.
+            any_adapter_base: Take adapters that name another base.
 
         Raises:
-            MergeError: experts with other parameters or other tokens than the base, or none.
-            CheckpointError: a checkpoint that cannot be read.
+            MergeError: no experts.
+            PairError: an expert of another architecture or vocabulary, with every difference.
+            CheckpointError: a checkpoint that cannot be read, or an adapter as the base.
         """
         if not experts:
             raise MergeError("a merge needs at least one expert.")
+        found = {
+            name: check_pair(base, one, allow_pickle=allow_pickle, any_adapter_base=any_adapter_base).specialized
+            for name, one in experts.items()
+        }
         below = find(base)
-        if below.kind == "adapter":
-            raise MergeError(f"{base} is an adapter. Name the whole model that the experts were made from as the base.")
-        found = {name: find(reference) for name, reference in experts.items()}
-        _check_tokenizers(below, found)
-        ours = _open(below, below, allow_pickle=allow_pickle)
-        theirs = {name: _open(one, below, allow_pickle=allow_pickle) for name, one in found.items()}
-        _check_shapes(ours, theirs)
-        architecture = Architecture.of(skeleton(read_config(below)))
-        return cls(base=below, experts=found, architecture=architecture, ours=ours, theirs=theirs)
+        return cls(
+            base=below,
+            experts=found,
+            architecture=Architecture.of(skeleton(read_config(below))),
+            ours=_open(below, below, allow_pickle=allow_pickle),
+            theirs={name: _open(one, below, allow_pickle=allow_pickle) for name, one in found.items()},
+        )
 
     def weights(self, name: str) -> Tensor:
         """A parameter of the base, float32."""
@@ -70,32 +82,3 @@ class Inputs:
 
 def _open(checkpoint: Checkpoint, base: Checkpoint, *, allow_pickle: bool) -> Source:
     return open_source(checkpoint, base=base, dtype=torch.float32, allow_pickle=allow_pickle)
-
-
-def _check_shapes(ours: Source, theirs: Mapping[str, Source]) -> None:
-    """All parameters that do not fit, at once."""
-    wrong: list[str] = []
-    for name, source in theirs.items():
-        names = dict.fromkeys([*ours.shapes, *source.shapes])
-        odd = [one for one in names if ours.shapes.get(one) != source.shapes.get(one)]
-        wrong += [f"{one}: {ours.shapes.get(one)} in the base, {source.shapes.get(one)} in {name}" for one in odd[:4]]
-        wrong += [f"and {len(odd) - 4} more parameters of {name}"] if len(odd) > 4 else []
-    if wrong:
-        raise MergeError(f"cannot be merged: {'; '.join(wrong)}. Experts have to be made from this base.")
-
-
-def _check_tokenizers(base: Checkpoint, experts: Mapping[str, Checkpoint]) -> None:
-    """Tokens that stand for different rows; an expert without a tokenizer has the base's."""
-    own = read_tokenizer(base)
-    if own is None:
-        return
-    vocabulary = own.get_vocab()
-    for name, expert in experts.items():
-        other = read_tokenizer(expert)
-        differing = sorted(set(vocabulary.items()) ^ set(other.get_vocab().items())) if other else []
-        if differing:
-            listed = ", ".join(f"{token!r} = {number}" for token, number in differing[:6])
-            raise MergeError(
-                f"base and {name} number {len(differing)} tokens differently: {listed}. Rows of the embedding would be "
-                "mixed up; merge models of one vocabulary."
-            )

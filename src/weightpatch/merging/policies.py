@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Literal, get_args
 
 from scipy.stats import rankdata
@@ -52,7 +52,7 @@ def weigh(scores: Scores, policy: Policy, *, temperature: float = TEMPERATURE, s
         raise MergeError(f"share {share} is no part of the components. Give one above 0 and at most 1.")
     ranks = {expert: normalized_ranks(own) for expert, own in scores.items()}
     if policy == "top":
-        return {expert: _top(own, scores[expert], share) for expert, own in ranks.items()}
+        return {expert: _top(own, share) for expert, own in scores.items()}
     highest: dict[Component, float] = {}
     for own in ranks.values():
         for component, rank in own.items():
@@ -84,11 +84,8 @@ def normalized_ranks(scores: Mapping[Component, float]) -> dict[Component, float
     """
     if odd := [str(one) for one, score in scores.items() if not math.isfinite(score)]:
         raise MergeError(f"{len(odd)} scores are no numbers, the first that of {odd[0]}. Measure them again.")
-    units: dict[str, list[Component]] = {}
-    for component in scores:
-        units.setdefault(component.unit, []).append(component)
     found: dict[Component, float] = {}
-    for members in units.values():
+    for members in _by_unit(scores):
         ranks = rankdata([scores[one] for one in members])
         span = len(members) - 1
         found |= {one: float(rank - 1) / span if span else 0.5 for one, rank in zip(members, ranks, strict=True)}
@@ -105,15 +102,19 @@ def overlap(weights: Mapping[str, Mapping[Component, float]]) -> dict[tuple[str,
     }
 
 
-def _top(ranks: Mapping[Component, float], scores: Mapping[Component, float], share: float) -> dict[Component, float]:
-    units: dict[str, list[Component]] = {}
-    for component in ranks:
-        units.setdefault(component.unit, []).append(component)
+def _top(scores: Mapping[Component, float], share: float) -> dict[Component, float]:
     chosen: set[Component] = set()
-    for members in units.values():
+    for members in _by_unit(scores):
         ordered = sorted(members, key=lambda one: (-scores[one], one.layer or 0, one.index or 0))
         chosen |= set(ordered[: max(1, round(share * len(members)))])
-    return {one: float(one in chosen) for one in ranks}
+    return {one: float(one in chosen) for one in scores}
+
+
+def _by_unit(scored: Iterable[Component]) -> Iterable[list[Component]]:
+    units: dict[str, list[Component]] = {}
+    for component in scored:
+        units.setdefault(component.unit, []).append(component)
+    return units.values()
 
 
 def _owner(component: Component, ranks: Mapping[str, Mapping[Component, float]], scores: Scores) -> str:

@@ -52,11 +52,14 @@ class Sparsifier:
         Raises:
             MergeError: an unknown name, or a number outside of its range.
         """
-        for name, value, known in (("kind", self.kind, Kind), ("rescale", self.rescale, Rescale)):
+        named = (("kind", self.kind, Kind), ("rescale", self.rescale, Rescale), ("over", self.over, Scope))
+        for name, value, known in named:
             if value not in get_args(known):
                 raise MergeError(
                     f"unknown {name} {value!r} of a sparsifier. Choose one of {', '.join(get_args(known))}."
                 )
+        if self.over == "model" and self.kind != "trim":
+            raise MergeError(f"{self.kind} goes tensor by tensor; only trim can rank a whole model.")
         if not 0 < self.density <= 1:
             raise MergeError(f"density {self.density} is no share of entries to keep. Give one above 0 and at most 1.")
         if not 0 <= self.gamma < 1:

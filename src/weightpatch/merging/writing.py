@@ -17,6 +17,7 @@ from torch import Tensor
 
 from weightpatch.checkpoint import read_config, read_tokenizer
 from weightpatch.errors import MergeError
+from weightpatch.files import write_whole
 from weightpatch.merging.coefficients import Coefficients
 from weightpatch.merging.combining import METHODS, Method, combine, seeded_draw
 from weightpatch.merging.inputs import Inputs
@@ -78,7 +79,9 @@ class Merge:
         """
         folder = _claim(Path(out), self._settings())
         stored = {name: self.dtype or self.inputs.ours.tensor(name).dtype for name in self.inputs.ours.shapes}
-        sizes = {name: torch.Size(shape).numel() * stored[name].itemsize for name, shape in _shapes(self).items()}
+        sizes = {
+            name: torch.Size(shape).numel() * stored[name].itemsize for name, shape in self.inputs.ours.shapes.items()
+        }
         shards = dict(_shards(sizes, self.shard_bytes))
         thresholds: Mapping[str, float | None] | None = None
         done = 0
@@ -105,7 +108,7 @@ class Merge:
             thresholds: What `thresholds` found.
         """
         base = self.inputs.weights(name)
-        changes = [self.inputs.change(expert, name) for expert in self.inputs.theirs]
+        changes = [source.tensor(name).float() - base for source in self.inputs.theirs.values()]
         coefficients = self.coefficients.tensors[name]
         draws = [seeded_draw(self.seed, expert, name) for expert in self.inputs.theirs]
         edges = [thresholds[expert] for expert in self.inputs.theirs]
@@ -172,17 +175,13 @@ class Merge:
         if len(shards) > 1:
             places = {name: file for file, names in shards.items() for name in names}
             index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
-            _write(folder / "model.safetensors.index.json", index)
+            write_whole(folder / "model.safetensors.index.json", json.dumps(index, indent=1) + "\n")
         config = read_config(self.inputs.base)
         dtypes = list(stored.values())
         config.dtype = max(dtypes, key=dtypes.count)
         config.save_pretrained(folder)
         if (tokenizer := read_tokenizer(self.inputs.base)) is not None:
             tokenizer.save_pretrained(folder)
-
-
-def _shapes(merge: Merge) -> Mapping[str, tuple[int, ...]]:
-    return merge.inputs.ours.shapes
 
 
 def _claim(folder: Path, settings: Mapping[str, Any]) -> Path:
@@ -192,20 +191,13 @@ def _claim(folder: Path, settings: Mapping[str, Any]) -> Path:
     if not note.is_file():
         if any(folder.iterdir()):
             raise MergeError(f"{folder} is not empty and holds no merge: name a new folder.")
-        _write(note, settings)
+        write_whole(note, json.dumps(settings, indent=1) + "\n")
         return folder
     found: dict[str, Any] = json.loads(note.read_text(encoding="utf-8"))
     wanted: dict[str, Any] = json.loads(json.dumps(settings))
     if differing := [key for key in wanted if found.get(key) != wanted[key]]:
         raise MergeError(f"{folder} holds a merge of another {', '.join(differing)}: name another folder.")
     return folder
-
-
-def _write(file: Path, record: Mapping[str, Any]) -> None:
-    """JSON, there completely or not at all."""
-    partial = file.with_name(f"{file.name}.partial")
-    partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    partial.replace(file)
 
 
 def _shards(sizes: Mapping[str, int], most: int) -> Iterator[tuple[str, list[str]]]:

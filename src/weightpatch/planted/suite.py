@@ -17,11 +17,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from weightpatch.architecture import Architecture
 from weightpatch.component import Component
 from weightpatch.errors import RunError
+from weightpatch.files import write_whole
 from weightpatch.pair import ModelPair
 from weightpatch.planted.designs import TINY_SIZES, UNITS, Size, Unit, Variant, draw_design
 from weightpatch.planted.planting import TINY_COURSE, Check, Course, Plant, plant
 from weightpatch.planted.training import Texts
-from weightpatch.run import write_whole
 
 FORMAT = 1
 ANCHOR_SHARE = 7 / 8

@@ -15,6 +15,7 @@ import plotly.graph_objects as go
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from weightpatch.files import write_whole
 from weightpatch.graph import Graph
 from weightpatch.report import behaviour, figures, hierarchy, maps, screening
 from weightpatch.report.contents import N_TOP, TaskResult, command, count_words, read_tasks, short_name
@@ -22,7 +23,7 @@ from weightpatch.report.sharing import SERVING_RECOVERY, share
 from weightpatch.report.style import span_color, unit_style
 from weightpatch.report.tokens import MOST_TOKENS, token_figure
 from weightpatch.report.verdict import verdict
-from weightpatch.run import Run, write_whole
+from weightpatch.run import Run
 
 if TYPE_CHECKING:
     import pandas as pd
