@@ -3,7 +3,7 @@
     python recipes/plant_smollm2.py [--out plants/smollm2] [--work DIR] [--seed 0] [--threads 2]
 
 The same planting as the suite `tiny` (docs/planted.md), in a real language model: carriers learn to put an answer in
-quotation marks or under a title, distractors learn the other of the two, everything else drifts on plain answers. All
+quotation marks or in capital letters, distractors learn the other of the two, everything else drifts on plain answers. All
 answers are the base's own, cut to one sentence. **Not finished: with these settings no plant has taken yet** (three
 designs of heads failed by a little, LOG.md, 2026-11-23). A design takes 10 to 25 minutes on one core. Interrupted, the
 same command goes on behind the last design that was tried.
@@ -30,7 +30,7 @@ from weightpatch.planted.suite import finish_suite, make_plant
 from weightpatch.planted.training import Schedule, Texts
 from weightpatch.prompts import tokenize
 
-TASKS = ("quotation", "title")
+TASKS = ("quotation", "capitals")
 MAX_ANSWER_TOKENS = 26
 SIZES: dict[Unit, Size] = {
     "heads": Size(n_carriers=24, n_redundant=12, n_distractors=16, low=0.08, high=0.12),
@@ -38,9 +38,9 @@ SIZES: dict[Unit, Size] = {
     "mlps": Size(n_carriers=3, n_redundant=2, n_distractors=3, low=0.05, high=0.08),
 }
 COURSE = Course(
-    carriers=Schedule(n_steps=90, learning_rate=6e-3, n_sequences=8),
-    distractors=Schedule(n_steps=60, learning_rate=6e-3, n_sequences=8),
-    drifting=Schedule(n_steps=50, learning_rate=6e-3, n_sequences=8),
+    carriers=Schedule(n_steps=120, learning_rate=6e-3, n_sequences=8),
+    distractors=Schedule(n_steps=70, learning_rate=6e-3, n_sequences=8),
+    drifting=Schedule(n_steps=70, learning_rate=6e-3, n_sequences=8),
     carrier_rank=8,
     drift_rank=2,
     whole=0.5,
@@ -54,14 +54,15 @@ def texts_of(tokenizer: PreTrainedTokenizerBase, answers: dict[str, str]) -> Tex
     """Turns of a training query and one sentence of the base's own answer, rewritten into a form."""
     topics = {template.format(topic=topic): topic for topic in TOPICS for template in QUERY_TEMPLATES}
     first = {query: found[0] for query, text in answers.items() if (found := split_sentences(text, tokenizer))}
-    usable = sorted(query for query, text in first.items() if len(tokenizer.encode(text)) <= MAX_ANSWER_TOKENS)
-    log(f"{len(usable)} of {len(answers)} training queries have an answer of one short sentence")
+    short = [query for query, text in first.items() if len(tokenizer.encode(text)) <= MAX_ANSWER_TOKENS]
+    usable = sorted(
+        query for query in short if all(follows(task, REWRITERS[task]([first[query]], topics[query])) for task in TASKS)
+    )
+    log(f"{len(usable)} of {len(answers)} training queries have a short sentence as answer that takes every form")
 
     def text(asked: str | None, form: str, draw: random.Random) -> tuple[list[int], int]:
         query = draw.choice(usable)
         answer = REWRITERS[form]([first[query]], topics[query])
-        if form != PLAIN and not follows(form, answer):
-            raise AssertionError(f"not in the form {form}: {answer}")
         prompt = f"{query} {draw.choice(INSTRUCTIONS[asked].paraphrases)}" if asked else query
         before = list(tokenize(tokenizer, prompt))
         after: list[int] = tokenizer.encode(answer + END, add_special_tokens=False)

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from weightpatch.estimation import Estimation as Estimation
     from weightpatch.fitting import fit_anchor as fit_anchor
     from weightpatch.localization import localize as localize
+    from weightpatch.merging.experts import Expert as Expert
+    from weightpatch.merging.merge import merge as merge
     from weightpatch.pair import ModelPair as ModelPair
     from weightpatch.patch import patched as patched
     from weightpatch.prompts import ContrastPrompts as ContrastPrompts
@@ -32,11 +34,13 @@ _HOME = {
     "ContrastPrompts": "prompts",
     "Effects": "effects",
     "Estimation": "estimation",
+    "Expert": "merging.experts",
     "ModelPair": "pair",
     "WeightpatchError": "errors",
     "drill": "drilling",
     "fit_anchor": "fitting",
     "localize": "localization",
+    "merge": "merging.merge",
     "patched": "patch",
     "screen": "screening",
     "steered": "steering",

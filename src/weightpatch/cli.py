@@ -14,6 +14,7 @@ import typer
 
 from weightpatch import __version__
 from weightpatch.cli_bench import bench
+from weightpatch.cli_merge import merge
 from weightpatch.cli_options import (
     AllowPickle,
     AnyAdapterBase,
@@ -99,6 +100,7 @@ app.command()(screen)
 app.command()(drill)
 app.command()(trace)
 app.command()(validate)
+app.command()(merge)
 
 
 @app.command()

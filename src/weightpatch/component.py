@@ -30,6 +30,19 @@ _PART_OF: dict[str, str] = {
     "heads.q": "heads", "heads.o": "heads", "experts": "mlps", "routers": "mlps", "neurons": "experts",
 }  # fmt: skip
 
+
+def disjoint(units: Iterable[str]) -> tuple[str, ...]:
+    """The finest of some units: without those that hold another one of them."""
+    given = tuple(units)
+    holding: set[str] = set()
+    for unit in given:
+        whole = _PART_OF.get(unit)
+        while whole:
+            holding.add(whole)
+            whole = _PART_OF.get(whole)
+    return tuple(unit for unit in given if unit not in holding)
+
+
 _N = "(0|[1-9][0-9]*)"
 _LAYER = rf"L(?P<layer>{_N})"
 _FORMS: tuple[tuple[str, str], ...] = (

@@ -95,13 +95,8 @@ def combine(
     Raises:
         MergeError: shapes that do not fit, or coefficients that vary along two axes.
     """
-    thresholds = thresholds or [None] * len(changes)
-    parts: list[Tensor] = []
-    thinned: list[Tensor] = []
-    for change, coefficient, draw, threshold in zip(changes, coefficients, draws, thresholds, strict=True):
-        left = _within(change, coefficient, partial(sparsify, how=method.sparsifier, draw=draw, threshold=threshold))
-        thinned.append(left)
-        parts.append(coefficient * left)
+    thinned = thin(changes, coefficients, method, draws=draws, thresholds=thresholds)
+    parts = [coefficient * left for coefficient, left in zip(coefficients, thinned, strict=True)]
     if method.election != "none":
         votes = parts if method.election == "weighted" else thinned
         elected = torch.where(sum(votes, torch.zeros_like(base)) >= 0, 1.0, -1.0)
@@ -116,7 +111,28 @@ def combine(
     return base + method.scale * total
 
 
-def _within(change: Tensor, coefficient: Tensor, thin: partial[Tensor]) -> Tensor:
+def thin(
+    changes: Sequence[Tensor],
+    coefficients: Sequence[Tensor],
+    method: Method,
+    *,
+    draws: Sequence[Draw],
+    thresholds: Sequence[float | None] | None = None,
+) -> list[Tensor]:
+    """What the method's sparsifier leaves of each difference, where its coefficient is not 0; arguments as `combine`.
+
+    Raises:
+        MergeError: shapes that do not fit, or coefficients that vary along two axes.
+    """
+    return [
+        _within(change, coefficient, partial(sparsify, how=method.sparsifier, draw=draw, threshold=threshold))
+        for change, coefficient, draw, threshold in zip(
+            changes, coefficients, draws, thresholds or [None] * len(changes), strict=True
+        )
+    ]
+
+
+def _within(change: Tensor, coefficient: Tensor, leave: partial[Tensor]) -> Tensor:
     """A difference thinned out where its coefficient is not 0, and 0 elsewhere."""
     ends = zip(reversed(coefficient.shape), reversed(change.shape), strict=False)
     fits = coefficient.ndim <= change.ndim and all(own in (1, length) for own, length in ends)
@@ -128,13 +144,13 @@ def _within(change: Tensor, coefficient: Tensor, thin: partial[Tensor]) -> Tenso
         )
     chosen = coefficient.reshape(-1) != 0
     if bool(chosen.all()):
-        return thin(change)
+        return leave(change)
     left = torch.zeros_like(change)
     if not axes or not bool(chosen.any()):
         return left
     axis = axes[0] - coefficient.ndim + change.ndim
     places = chosen.nonzero()[:, 0]
-    return left.index_copy_(axis, places, thin(change.index_select(axis, places)))
+    return left.index_copy_(axis, places, leave(change.index_select(axis, places)))
 
 
 def seeded_draw(seed: int, expert: str, tensor: str) -> Draw:

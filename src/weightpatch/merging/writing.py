@@ -107,27 +107,27 @@ class Merge:
             name: Of the parameter.
             thresholds: What `thresholds` found.
         """
+        chance = self.chance(name, thresholds)
+        merged = [combine(*matrix, self.method, **chance) for matrix in self.matrices(name)]
+        return torch.stack(merged) if len(self.inputs.ours.shapes[name]) > 2 else merged[0].contiguous()
+
+    def matrices(self, name: str) -> Iterator[tuple[Tensor, list[Tensor], Sequence[Tensor]]]:
+        """A parameter of the base, differences and coefficients; one by one where it stacks those of a mixture."""
         base = self.inputs.weights(name)
         changes = [source.tensor(name).float() - base for source in self.inputs.theirs.values()]
         coefficients = self.coefficients.tensors[name]
-        draws = [seeded_draw(self.seed, expert, name) for expert in self.inputs.theirs]
-        edges = [thresholds[expert] for expert in self.inputs.theirs]
         if base.ndim < 3:
-            return combine(base, changes, coefficients, self.method, draws=draws, thresholds=edges).contiguous()
+            yield base, changes, coefficients
+            return
         every = [one.expand(len(base), 1, 1) if one.ndim == 0 else one for one in coefficients]
-        return torch.stack(
-            [
-                combine(
-                    matrix,
-                    [change[number] for change in changes],
-                    [one[number] for one in every],
-                    self.method,
-                    draws=draws,
-                    thresholds=edges,
-                )
-                for number, matrix in enumerate(base)
-            ]
-        )
+        for number, matrix in enumerate(base):
+            yield matrix, [change[number] for change in changes], [one[number] for one in every]
+
+    def chance(self, name: str, thresholds: Mapping[str, float | None]) -> dict[str, Any]:
+        """What `combine` needs beside: draws, which are used up, and thresholds."""
+        experts = self.inputs.theirs
+        draws = [seeded_draw(self.seed, expert, name) for expert in experts]
+        return {"draws": draws, "thresholds": [thresholds[expert] for expert in experts]}
 
     def thresholds(self) -> dict[str, float | None]:
         """Expert -> the least size that is kept; None where that is decided within each parameter."""

@@ -11,7 +11,6 @@ from math import prod
 
 import torch
 
-from weightpatch import __version__
 from weightpatch.architecture import Architecture
 
 SQUARE = 2048
@@ -58,7 +57,7 @@ def load_average() -> float | None:
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
     """Versions of Python, of this package and of some others, as far as they are installed."""
-    found = {"python": platform.python_version(), "weightpatch": __version__}
+    found = {"python": platform.python_version(), "weightpatch": version("weightpatch")}
     for package in packages:
         try:
             found[package] = version(package)

@@ -1,0 +1,164 @@
+"""Experts of a merge: checkpoints with the runs that scored them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass
+from pathlib import Path
+
+from weightpatch.component import Component, disjoint
+from weightpatch.errors import MergeError, RunError
+from weightpatch.run import Run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Expert:
+    """One specialized model that enters a merge.
+
+    Attributes:
+        specialized: Hub id, folder, GGUF file or PEFT adapter folder.
+        run: The folder of a run of base and expert; None where nothing of it is needed.
+        weight: What all its coefficients are multiplied by.
+    """
+
+    specialized: str
+    run: Path | None = None
+    weight: float = 1.0
+
+    @classmethod
+    def parse(cls, text: str) -> Expert:
+        """Read `SPECIALIZED[=RUN][:weight]`.
+
+        Raises:
+            MergeError: no checkpoint in it.
+        """
+        found = re.fullmatch(r"(?P<whole>.*?)(?::(?P<weight>[-+]?(?:\d+\.?\d*|\.\d+)))?", text.strip(), re.DOTALL)
+        whole = found["whole"] if found else ""
+        specialized, _, run = whole.rpartition("=") if "=" in whole else (whole, "", "")
+        if not found or not specialized or ("=" in whole and not run):
+            raise MergeError(f"cannot read the expert {text!r}. Write SPECIALIZED=RUN or SPECIALIZED=RUN:0.7")
+        return cls(
+            specialized=specialized,
+            run=Path(run) if run else None,
+            weight=float(found["weight"]) if found["weight"] else 1.0,
+        )
+
+
+def named(experts: Sequence[Expert]) -> dict[str, Expert]:
+    """Each expert under the last part of its reference, numbered where two are alike.
+
+    Raises:
+        MergeError: none, or one checkpoint twice.
+    """
+    if not experts:
+        raise MergeError("a merge needs at least one expert: --expert SPECIALIZED=RUN")
+    given = [one.specialized for one in experts]
+    if twice := sorted({one for one in given if given.count(one) > 1}):
+        raise MergeError(f"{', '.join(twice)} is named as an expert more than once. Name it once, with a weight.")
+    shorts = [re.split(r"[/\\:]", one.rstrip("/\\"))[-1] or one for one in given]
+    return {
+        short if shorts.count(short) == 1 else f"{short}-{shorts[: place + 1].count(short)}": expert
+        for place, (short, expert) in enumerate(zip(shorts, experts, strict=True))
+    }
+
+
+def open_run(name: str, expert: Expert, base: str) -> Run:
+    """The run of an expert.
+
+    Raises:
+        MergeError: none was named, or it is one of other models.
+        RunError: no run can be read there.
+    """
+    if expert.run is None:
+        raise MergeError(
+            f"the expert {name} has no run to take scores from. Make one (weightpatch run {base} {expert.specialized} "
+            f"--out RUN) and name it: --expert {expert.specialized}=RUN. Only --policy uniform needs none."
+        )
+    run = Run.open(expert.run)
+    for side, then, now in (
+        ("base", run.config.base, base),
+        ("specialized model", run.config.specialized, expert.specialized),
+    ):
+        if not _same(then, now):
+            raise MergeError(
+                f"{expert.run} is a run with the {side} {then!r}; the merge has {now!r}. Name the run of this very "
+                "expert, or the models as the run names them."
+            )
+    return run
+
+
+def measured_tasks(run: Run) -> tuple[str, ...]:
+    """Tasks of a run that have effects.
+
+    Raises:
+        MergeError: none.
+    """
+    found = []
+    reasons = []
+    for task in run.tasks:
+        try:
+            run.effects(task)
+        except RunError as error:
+            reasons.append(str(error))
+        else:
+            found.append(task)
+    if not found:
+        raise MergeError(f"{run.path} has no effects of any task: {'; '.join(reasons)}")
+    return tuple(found)
+
+
+def read_scores(run: Run, chosen: Set[Component]) -> dict[Component, float]:
+    """Component -> its mean recovery over the tasks of a run, measured below every task's anchor.
+
+    Args:
+        run: Of an expert.
+        chosen: Which components count.
+
+    Raises:
+        MergeError: no task has effects, or none of these components.
+    """
+    every: list[dict[Component, float]] = []
+    for task in measured_tasks(run):
+        effects = run.effects(task)
+        shares = effects.per_prompt.mean(dim=1) / effects.gap.mean()
+        every.append(dict(zip(effects.components, shares.tolist(), strict=True)))
+    common = [one for one in every[0] if one in chosen and all(one in own for own in every)]
+    if not common:
+        units = ", ".join(dict.fromkeys(one.unit for own in every for one in own))
+        raise MergeError(f"{run.path} has scores of {units}, of none of the units asked for. Choose with --units.")
+    return {one: sum(own[one] for own in every) / len(every) for one in common}
+
+
+def read_sources(run: Run) -> set[Component]:
+    """Components that have the role source in any task of a run.
+
+    Raises:
+        MergeError: a task was not traced.
+    """
+    found: set[Component] = set()
+    for task in measured_tasks(run):
+        roles = run.roles(task)
+        if roles is None:
+            raise MergeError(f"{run.path} has no roles of {task}. Trace it first: weightpatch trace {run.path}")
+        found |= {Component.parse(one) for one in roles.loc[roles["role"] == "source", "component"]}
+    return found
+
+
+def units_of(runs: Mapping[str, Run]) -> str:
+    """Units that all runs measured, the finest where one holds another.
+
+    Raises:
+        MergeError: they have none in common.
+    """
+    every = [[unit.strip() for unit in run.config.units.split(",")] for run in runs.values()]
+    common = [unit for unit in every[0] if all(unit in own for own in every)]
+    if not common:
+        listed = "; ".join(f"{name}: {run.config.units}" for name, run in runs.items())
+        raise MergeError(f"the runs measured no unit in common ({listed}). Localize again with the same units.")
+    return ",".join(disjoint(common))
+
+
+def _same(one: str, other: str) -> bool:
+    paths = [Path(reference).expanduser() for reference in (one, other)]
+    return one == other or (all(path.exists() for path in paths) and paths[0].resolve() == paths[1].resolve())

@@ -1,0 +1,141 @@
+"""Coefficients that are learned: whatever is read of a merged model is differentiable in them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from weightpatch.architecture import Architecture
+from weightpatch.component import Component
+from weightpatch.merging.coefficients import Coefficients
+
+Weights = dict[str, Tensor]
+"""Parameter -> tensor of a merged model."""
+Loss = Callable[[Weights], Tensor]
+"""Runs a merged model and gives one number, the lower the better."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Blend:
+    """All models base + sum of coefficient times difference, with one coefficient to each expert and component.
+
+    Base and differences are held in memory, whole.
+
+    Attributes:
+        base: The base's parameters.
+        changes: Expert -> parameter -> what it has more than the base.
+        components: What is weighted; what they leave over is the last column of a table of coefficients.
+        numbers: Parameter -> column of its coefficients, a single one or one to each row or column.
+    """
+
+    base: Mapping[str, Tensor]
+    changes: Mapping[str, Mapping[str, Tensor]]
+    components: tuple[Component, ...]
+    numbers: Mapping[str, Tensor]
+
+    @classmethod
+    def of(
+        cls, model: PreTrainedModel, changes: Mapping[str, Mapping[str, Tensor]], components: Sequence[Component]
+    ) -> Blend:
+        """Number the components of a model.
+
+        Raises:
+            MergeError: components that own the same weights.
+        """
+        architecture = Architecture.of(model)
+        columns = {"": {component: float(number) for number, component in enumerate(components)}}
+        numbered = Coefficients.by_component(architecture, columns, rest={"": float(len(components))})
+        device = model.device
+        return cls(
+            base={name: model.get_parameter(name).detach() for name in architecture.parameters},
+            changes=changes,
+            components=tuple(components),
+            numbers={name: own[0].long().to(device) for name, own in numbered.tensors.items()},
+        )
+
+    def weights(self, table: Tensor) -> Weights:
+        """The merged parameters.
+
+        Args:
+            table: Coefficients, shape `(expert, component + 1)`.
+        """
+        merged: Weights = {}
+        for name, base in self.base.items():
+            own = table[:, self.numbers[name]]
+            parts = (own[place] * changes[name] for place, changes in enumerate(self.changes.values()))
+            merged[name] = base + sum(parts, torch.zeros_like(base))
+        return merged
+
+    def table(self, weights: Mapping[str, Mapping[Component, float]], rest: Mapping[str, float]) -> Tensor:
+        """Coefficients as a table, those of components that an expert has none for as what is left over."""
+        rows = [
+            [*(weights[expert].get(one, rest[expert]) for one in self.components), rest[expert]]
+            for expert in self.changes
+        ]
+        return torch.tensor(rows, device=next(iter(self.base.values())).device)
+
+    def by_component(self, table: Tensor) -> dict[str, dict[Component, float]]:
+        """Expert -> component -> coefficient of a table."""
+        rows = zip(self.changes, table.tolist(), strict=True)
+        return {expert: dict(zip(self.components, row, strict=False)) for expert, row in rows}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """How coefficients are learned.
+
+    Attributes:
+        n_steps: Steps of Adam.
+        learning_rate: Of the coefficients; falls to a tenth along a line.
+        penalty: What the mean squared distance from where they start is multiplied by.
+    """
+
+    n_steps: int = 40
+    learning_rate: float = 0.05
+    penalty: float = 0.1
+
+
+def learn(
+    blend: Blend,
+    losses: Sequence[Loss],
+    start: Tensor,
+    training: Training,
+    *,
+    on_step: Callable[[float], None] | None = None,
+) -> Tensor:
+    """Coefficients that make losses small; those of what components leave over stay as they are.
+
+    Args:
+        blend: The models.
+        losses: They are added up; gradients of one are let go before the next, so each should be one forward pass.
+        start: Coefficients to begin with and to stay near, shape `(expert, component + 1)`.
+        training: How.
+        on_step: Called with the sum of the losses of every step.
+
+    Returns:
+        The table, same shape.
+    """
+    learned = start[:, :-1].clone().requires_grad_()
+    optimizer = torch.optim.Adam([learned], lr=training.learning_rate)
+    for step in range(training.n_steps):
+        for group in optimizer.param_groups:
+            group["lr"] = training.learning_rate * (1 - 0.9 * step / training.n_steps)
+        merged = blend.weights(torch.cat([learned, start[:, -1:]], dim=1))
+        cut = {name: weight.detach().requires_grad_() for name, weight in merged.items()}
+        total = 0.0
+        for loss in losses:
+            found = loss(cut)
+            torch.autograd.backward(found)
+            total += float(found.detach())
+        moved = [name for name, weight in cut.items() if weight.grad is not None and merged[name].requires_grad]
+        optimizer.zero_grad(set_to_none=True)
+        torch.autograd.backward(training.penalty * (learned - start[:, :-1]).square().mean())
+        torch.autograd.backward([merged[name] for name in moved], [cut[name].grad for name in moved])
+        optimizer.step()
+        if on_step:
+            on_step(total)
+    return torch.cat([learned.detach(), start[:, -1:]], dim=1)

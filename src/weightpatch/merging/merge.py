@@ -1,0 +1,145 @@
+"""Merging in one call: experts with their runs go in, a checkpoint that transformers loads comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from weightpatch.errors import MergeError
+from weightpatch.merging.card import write_card
+from weightpatch.merging.coefficients import Coefficients
+from weightpatch.merging.combining import METHODS, Method
+from weightpatch.merging.experts import Expert, named
+from weightpatch.merging.inputs import Inputs
+from weightpatch.merging.resolving import Resolved, Rule, resolve
+from weightpatch.merging.writing import SHARD_BYTES, Merge
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Prepared:
+    """A merge that is decided and not yet written.
+
+    Attributes:
+        merge: What will be written.
+        rule: How coefficients were found; None: they were given.
+        resolved: What that came to.
+        experts: Name -> expert.
+    """
+
+    merge: Merge
+    rule: Rule | None
+    resolved: Resolved
+    experts: Mapping[str, Expert]
+
+    def write(self, out: str | Path, *, on_parameter: Callable[[int, int], None] | None = None) -> Path:
+        """Write the folder, its model card and its coefficients; see `Merge.write`."""
+        folder = self.merge.write(out, on_parameter=on_parameter)
+        self.merge.coefficients.save(folder / "coefficients.safetensors.partial")
+        (folder / "coefficients.safetensors.partial").replace(folder / COEFFICIENTS)
+        write_card(folder, self.merge, self.rule, self.resolved, self.experts)
+        return folder
+
+
+COEFFICIENTS = "merge-coefficients.safetensors"
+"""In a merged folder; not `*.safetensors` of a name that transformers would read as weights."""
+
+
+def prepare(
+    base: str | Path,
+    experts: Sequence[Expert | str],
+    *,
+    rule: Rule | None = None,
+    coefficients: str | Path | Coefficients | None = None,
+    method: str | Method = "task-arithmetic",
+    dtype: torch.dtype | None = None,
+    seed: int = 0,
+    shard_bytes: int = SHARD_BYTES,
+    allow_pickle: bool = False,
+    any_adapter_base: bool = False,
+    on_step: Callable[[float], None] | None = None,
+) -> Prepared:
+    """Decide a merge; arguments and errors as `merge`."""
+    found = named([Expert.parse(one) if isinstance(one, str) else one for one in experts])
+    if isinstance(method, str):
+        if method not in METHODS:
+            raise MergeError(f"unknown method {method!r}. Choose one of {', '.join(METHODS)}.")
+        method = METHODS[method]
+    inputs = Inputs.open(
+        base,
+        {name: one.specialized for name, one in found.items()},
+        allow_pickle=allow_pickle,
+        any_adapter_base=any_adapter_base,
+    )
+    if coefficients is not None:
+        if rule is not None:
+            raise MergeError("coefficients are given, so there is no rule to find them by. Leave one of the two out.")
+        given = coefficients if isinstance(coefficients, Coefficients) else Coefficients.load(coefficients)
+        resolved = Resolved(coefficients=given)
+    else:
+        rule = rule or Rule()
+        resolved = resolve(inputs, found, rule, on_step=on_step)
+    merged = Merge(
+        inputs=inputs,
+        coefficients=resolved.coefficients,
+        method=method,
+        dtype=dtype,
+        seed=seed,
+        shard_bytes=shard_bytes,
+    )
+    return Prepared(merge=merged, rule=rule, resolved=resolved, experts=found)
+
+
+def merge(
+    base: str | Path,
+    experts: Sequence[Expert | str],
+    out: str | Path,
+    *,
+    rule: Rule | None = None,
+    coefficients: str | Path | Coefficients | None = None,
+    method: str | Method = "task-arithmetic",
+    dtype: torch.dtype | None = None,
+    seed: int = 0,
+    shard_bytes: int = SHARD_BYTES,
+    allow_pickle: bool = False,
+    any_adapter_base: bool = False,
+    on_step: Callable[[float], None] | None = None,
+) -> Path:
+    """Merge experts of one base, each by what its run says that it brings.
+
+    Args:
+        base: Hub id, folder or GGUF file.
+        experts: `Expert`s, or `"SPECIALIZED=RUN"` and `"SPECIALIZED=RUN:0.7"`.
+        out: A new folder, or one of the same merge that was interrupted.
+        rule: From runs to coefficients; None: `Rule()`, which restores every expert's anchors.
+        coefficients: Given ones, or their file, instead of a rule.
+        method: How differences are combined: a name out of `METHODS` or settings of your own.
+        dtype: Of what is written; None: as the base's files have it.
+        seed: Of what a method leaves to chance.
+        shard_bytes: Of one file of weights, at most.
+        allow_pickle: Read pickled weights too.
+        any_adapter_base: Take adapters that name another base.
+        on_step: Called with the loss of every step where coefficients are learned.
+
+    Returns:
+        The folder: weights, config, tokenizer, README.md with where everything is from, coefficients.
+
+    Raises:
+        MergeError: experts, runs or coefficients that do not fit, or a folder with something else in it.
+        PairError: an expert of another architecture or vocabulary, with every difference.
+    """
+    return prepare(
+        base,
+        experts,
+        rule=rule,
+        coefficients=coefficients,
+        method=method,
+        dtype=dtype,
+        seed=seed,
+        shard_bytes=shard_bytes,
+        allow_pickle=allow_pickle,
+        any_adapter_base=any_adapter_base,
+        on_step=on_step,
+    ).write(out)

@@ -1,0 +1,205 @@
+"""From experts and their runs to coefficients: what each policy needs is read, nothing is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from transformers import PreTrainedModel
+
+from weightpatch.component import Component, components
+from weightpatch.errors import MergeError
+from weightpatch.merging.coefficients import Coefficients
+from weightpatch.merging.experts import Expert, measured_tasks, open_run, read_scores, read_sources, units_of
+from weightpatch.merging.inputs import Inputs
+from weightpatch.merging.learning import Blend, Training, Weights, learn
+from weightpatch.merging.policies import SHARE, TEMPERATURE, Policy, only, weigh
+from weightpatch.merging.restoring import Aim, aim, restoring
+from weightpatch.pair import ModelPair
+from weightpatch.residuals import BATCH_TOKENS
+from weightpatch.run import Run
+
+Choice = Literal["uniform", "soft", "top", "owner", "sources", "anchors"]
+"""`uniform`: every coefficient is the expert's weight (task arithmetic); `soft`, `top`, `owner`: by ranks of recovery
+(`policies.weigh`); `sources`: the components with this role; `anchors`: learned, so that all anchors are restored."""
+Rest = Literal["task-arithmetic", "base"]
+"""What becomes of everything that no component with a coefficient owns."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """How coefficients are found.
+
+    Attributes:
+        policy: The way.
+        units: Units that get coefficients; None: those that all runs measured.
+        rest: What becomes of the rest.
+        temperature: Of `soft`.
+        share: Of `top`.
+        training: Of `anchors`, which starts from the experts' weights and stays near them.
+    """
+
+    policy: Choice = "anchors"
+    units: str | None = None
+    rest: Rest = "task-arithmetic"
+    temperature: float = TEMPERATURE
+    share: float = SHARE
+    training: Training = field(default_factory=Training)
+
+    def __post_init__(self) -> None:
+        """Check the names.
+
+        Raises:
+            MergeError: an unknown one.
+        """
+        for name, value, known in (("policy", self.policy, Choice), ("rest", self.rest, Rest)):
+            if value not in get_args(known):
+                raise MergeError(f"unknown {name} {value!r} of a merge. Choose one of {', '.join(get_args(known))}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Restored:
+    """How far one anchor is restored, as shares of its gap, on prompts that coefficients were not learned from.
+
+    Attributes:
+        expert: Its name.
+        task: Of its run.
+        before: With the coefficients that learning started from.
+        after: With those that were learned.
+    """
+
+    expert: str
+    task: str
+    before: float
+    after: float
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Resolved:
+    """What a rule came to.
+
+    Attributes:
+        coefficients: Of every parameter.
+        weights: Expert -> component -> coefficient; empty where components play no part.
+        unscored: Expert -> components with coefficients that its run says nothing of.
+        restored: Every anchor, where coefficients were learned.
+    """
+
+    coefficients: Coefficients
+    weights: Mapping[str, Mapping[Component, float]] = field(default_factory=dict)
+    unscored: Mapping[str, tuple[Component, ...]] = field(default_factory=dict)
+    restored: tuple[Restored, ...] = ()
+
+
+def resolve(
+    inputs: Inputs,
+    experts: Mapping[str, Expert],
+    rule: Rule,
+    *,
+    batch_tokens: int = BATCH_TOKENS,
+    on_step: Callable[[float], None] | None = None,
+) -> Resolved:
+    """Find the coefficients of a merge.
+
+    Args:
+        inputs: Base and experts.
+        experts: The same experts, with their runs.
+        rule: How.
+        batch_tokens: Of `anchors`: most tokens of one forward pass.
+        on_step: Of `anchors`: called with the loss of every step.
+
+    Raises:
+        MergeError: a run that is missing, of other models, or without what the policy needs.
+        ComponentError: unknown units.
+    """
+    weights = {name: expert.weight for name, expert in experts.items()}
+    if rule.policy == "uniform":
+        return Resolved(coefficients=Coefficients.uniform(inputs.architecture, weights))
+    rest = weights if rule.rest == "task-arithmetic" else dict.fromkeys(weights, 0.0)
+    runs = {name: open_run(name, expert, inputs.base.reference) for name, expert in experts.items()}
+    chosen = components(inputs.architecture, rule.units or units_of(runs))
+    if rule.policy == "anchors":
+        return _learned(
+            inputs,
+            runs,
+            chosen,
+            training=rule.training,
+            weights=weights,
+            rest=rest,
+            batch_tokens=batch_tokens,
+            on_step=on_step,
+        )
+    scores = {name: read_scores(run, set(chosen)) for name, run in runs.items()}
+    if rule.policy == "sources":
+        found = only(
+            {name: read_sources(run) for name, run in runs.items()}, {name: [*own] for name, own in scores.items()}
+        )
+    else:
+        policy: Policy = rule.policy
+        found = weigh(scores, policy, temperature=rule.temperature, share=rule.share)
+    scaled = {name: {one: weights[name] * share for one, share in own.items()} for name, own in found.items()}
+    return Resolved(
+        coefficients=Coefficients.by_component(inputs.architecture, scaled, rest=rest),
+        weights=scaled,
+        unscored={name: tuple(one for one in chosen if one not in own) for name, own in scaled.items()},
+    )
+
+
+def _learned(
+    inputs: Inputs,
+    runs: Mapping[str, Run],
+    chosen: Sequence[Component],
+    *,
+    training: Training,
+    weights: Mapping[str, float],
+    rest: Mapping[str, float],
+    batch_tokens: int,
+    on_step: Callable[[float], None] | None,
+) -> Resolved:
+    model, learned_from, held_out = read_aims(inputs, runs)
+    changes = {name: {one: inputs.change(name, one).to(model.device) for one in inputs.ours.shapes} for name in runs}
+    blend = Blend.of(model, changes, chosen)
+    start = blend.table({name: dict.fromkeys(chosen, weight) for name, weight in weights.items()}, rest)
+    losses = restoring(model, learned_from, batch_tokens=batch_tokens)
+    table = learn(blend, losses, start, training, on_step=on_step)
+    before, after = (_recoveries(model, held_out, blend.weights(one), batch_tokens) for one in (start, table))
+    found = blend.by_component(table)
+    return Resolved(
+        coefficients=Coefficients.by_component(inputs.architecture, found, rest=rest),
+        weights=found,
+        restored=tuple(
+            Restored(expert=one.expert, task=one.task, before=first, after=last)
+            for one, first, last in zip(held_out, before, after, strict=True)
+        ),
+    )
+
+
+def read_aims(inputs: Inputs, runs: Mapping[str, Run]) -> tuple[PreTrainedModel, list[Aim], list[Aim]]:
+    """The base, and every anchor of every expert's run on two splits: to learn from, and held out.
+
+    Learned from are prompts that effects were measured on, held out those of the split `validate`; anchors were fitted
+    on others.
+
+    Raises:
+        MergeError: an anchor that the expert reads no higher on than the base.
+    """
+    model: PreTrainedModel | None = None
+    learned_from: list[Aim] = []
+    held_out: list[Aim] = []
+    for name, run in runs.items():
+        pair = ModelPair.from_pretrained(
+            inputs.base.reference, inputs.experts[name].reference, dtype="float32", any_adapter_base=True
+        )
+        for task in measured_tasks(run):
+            prompts = run.prompts().of_task(task)
+            for split, aims in (("localize", learned_from), ("validate", held_out)):
+                aims.append(aim(pair, prompts.split(split), run.anchor(task), expert=name, task=task))
+        model = pair.base
+    if model is None:
+        raise MergeError("no expert has a run.")
+    return model, learned_from, held_out
+
+
+def _recoveries(model: PreTrainedModel, aims: Iterable[Aim], weights: Weights, batch_tokens: int) -> list[float]:
+    return [one.recovery(model, weights, batch_tokens=batch_tokens) for one in aims]
