@@ -17,7 +17,7 @@ from weightpatch.architecture import Architecture
 from weightpatch.component import Component, slices
 from weightpatch.errors import MergeError
 
-FORMAT = "weightpatch coefficients 1"
+FORMAT = "weightpatch.coefficients/1"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -81,7 +81,7 @@ class Coefficients:
             for name, every in self.tensors.items()
             for expert, own in zip(self.experts, every, strict=True)
         }
-        save_file(tensors, file, metadata={"format": FORMAT, "experts": json.dumps(self.experts)})
+        save_file(tensors, file, metadata={FORMAT: json.dumps(self.experts)})  # one entry: several have no order
 
     @classmethod
     def load(cls, file: str | Path) -> Coefficients:
@@ -93,9 +93,9 @@ class Coefficients:
         try:
             with safe_open(file, framework="pt") as stored:
                 metadata = stored.metadata() or {}
-                if metadata.get("format") != FORMAT:
-                    raise MergeError(f"{file} holds no coefficients of a merge (format {metadata.get('format')!r}).")
-                experts = tuple(json.loads(metadata["experts"]))
+                if FORMAT not in metadata:
+                    raise MergeError(f"{file} holds no coefficients of a merge: no {FORMAT} in its metadata.")
+                experts = tuple(json.loads(metadata[FORMAT]))
                 found = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
         except (OSError, SafetensorError, ValueError, KeyError) as error:
             raise MergeError(f"cannot read coefficients from {file} ({error}). Make them again.") from error

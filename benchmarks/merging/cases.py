@@ -1,0 +1,158 @@
+"""What is merged and how it is measured: a base, experts with their runs, problems of each expert, plain texts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+from torch.nn import functional
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from weightpatch.checkpoint import load_alone
+from weightpatch.generation import generate
+from weightpatch.merging.inputs import Inputs
+from weightpatch.pair import ModelPair
+from weightpatch.prompts import ContrastPrompts, tokenize
+from weightpatch.residuals import evaluating, pad
+from weightpatch.run import Run, RunConfig
+from weightpatch.stages import fit_anchors, measure_effects, start
+
+Weights = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """One prompt and what its answer has to be."""
+
+    prompt: str
+    passes: Callable[[str], bool]
+    max_new_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Case:
+    """Experts of one base, with what they are measured on.
+
+    Attributes:
+        name: Of the case.
+        folder: Where its experts, runs and results lie.
+        base: Reference of the base.
+        experts: Name -> reference.
+        problems: Split (`validation` or `test`) -> expert -> its problems.
+        plain: Prompts and answers that no expert is about: what a merge should not forget.
+        model: The base.
+        tokenizer: Its tokenizer.
+        inputs: Base and experts.
+        units: What is scored.
+    """
+
+    name: str
+    folder: Path
+    base: str
+    experts: Mapping[str, str]
+    problems: Mapping[str, Mapping[str, Sequence[Problem]]]
+    plain: Sequence[tuple[str, str]]
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    inputs: Inputs
+    units: str = "heads,kvs,mlps"
+    _cache: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def weights(self) -> Weights:
+        """The base's parameters."""
+        return {name: self.model.get_parameter(name).detach() for name in self.inputs.ours.shapes}
+
+    def changes(self) -> dict[str, dict[str, Tensor]]:
+        """Expert -> parameter -> difference, float32."""
+        if "changes" not in self._cache:
+            self._cache["changes"] = {
+                expert: {name: self.inputs.change(expert, name) for name in self.inputs.ours.shapes}
+                for expert in self.experts
+            }
+        found: dict[str, dict[str, Tensor]] = self._cache["changes"]
+        return found
+
+    def runs(self) -> dict[str, Run]:
+        """Expert -> its run, made when it is not there yet: anchors and exact effects."""
+        return {expert: self._run(expert) for expert in self.experts}
+
+    def _run(self, expert: str) -> Run:
+        out = self.folder / f"{expert}-run"
+        prompts = self.folder / f"{expert}-prompts.jsonl"
+        config = RunConfig(
+            base=self.base, specialized=self.experts[expert], prompts=str(prompts), units=self.units, gates="readout"
+        )
+        pair = ModelPair.from_pretrained(self.base, self.experts[expert], any_adapter_base=True)
+        run = start(config, pair, ContrastPrompts.load(prompts), out)
+        for stage in (fit_anchors, measure_effects):
+            for _ in stage(run, pair):
+                pass
+        return run
+
+    def measure(self, weights: Weights, split: str) -> dict[str, Any]:
+        """Every expert's problems answered greedily by a merged model, and its loss on the plain answers."""
+        own = self.weights
+        with torch.no_grad():
+            for name in own:
+                self.model.get_parameter(name).copy_(weights[name])
+        try:
+            passed = {expert: self._answers(problems) for expert, problems in self.problems[split].items()}
+            return {"passed": passed, "plain_loss": self.plain_loss()}
+        finally:
+            with torch.no_grad():
+                for name, parameter in self._pristine().items():
+                    self.model.get_parameter(name).copy_(parameter)
+
+    def _pristine(self) -> Weights:
+        if "base" not in self._cache:
+            self._cache["base"] = {name: self.inputs.weights(name) for name in self.inputs.ours.shapes}
+        found: Weights = self._cache["base"]
+        return found
+
+    def _answers(self, problems: Sequence[Problem]) -> list[int]:
+        prompts = [tokenize(self.tokenizer, problem.prompt) for problem in problems]
+        most = max(problem.max_new_tokens for problem in problems)
+        found = generate(self.model, self.tokenizer, prompts, max_new_tokens=most, batch_size=96)
+        return [int(problem.passes(one.text)) for problem, one in zip(problems, found, strict=True)]
+
+    def plain_loss(self) -> float:
+        """Mean negative log-likelihood of the tokens of the plain answers, in nats."""
+        total, count = 0.0, 0
+        with evaluating(self.model):
+            for start_ in range(0, len(self.plain), 32):
+                rows = [
+                    (tokenize(self.tokenizer, prompt), self.tokenizer.encode(answer, add_special_tokens=False))
+                    for prompt, answer in self.plain[start_ : start_ + 32]
+                ]
+                tokens = pad([(*before, *after) for before, after in rows], self.model.device)
+                logits = self.model(input_ids=tokens, use_cache=False).logits
+                for row, (before, after) in enumerate(rows):
+                    places = slice(len(before) - 1, len(before) + len(after) - 1)
+                    wanted = torch.tensor(after, device=logits.device)
+                    total += float(functional.cross_entropy(logits[row, places].float(), wanted, reduction="sum"))
+                    count += len(after)
+        return total / count
+
+
+def logits_with(model: PreTrainedModel, weights: Weights, tokens: Tensor) -> Tensor:
+    """Logits with other weights in place, with their gradient."""
+    found: Tensor = functional_call(model, dict(weights), (), {"input_ids": tokens, "use_cache": False}).logits
+    return found
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSONL file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def open_base(base: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The base in float32."""
+    model, tokenizer = load_alone(base)
+    return model, tokenizer

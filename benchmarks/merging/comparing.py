@@ -1,0 +1,104 @@
+"""Run a comparison: every configuration on validation, the default and the selected one on test; resumable."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cases import Case, Weights
+from methods import Config, Way
+
+Record = dict[str, Any]
+
+
+def compare(case: Case, every: Sequence[Way], *, oracle: bool = False) -> None:
+    """Fill `results.jsonl` of a case: one line for each method, configuration and split; those that are there stay.
+
+    Args:
+        case: What is merged.
+        every: Methods.
+        oracle: Whether all configurations go through test, not only the default and the selected one.
+    """
+    file = case.folder / "results.jsonl"
+    known = {_key(record): record for record in read(file)}
+
+    def measured(way: str, config: Config, split: str, build: Any) -> Record:
+        key = json.dumps([way, config, split], sort_keys=True)
+        if key not in known:
+            began = time.monotonic()
+            weights: Weights = build()
+            merging = time.monotonic() - began
+            record = {"method": way, "config": config, "split": split, "seconds": round(merging, 3)}
+            record |= case.measure(weights, split)
+            with file.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(record) + "\n")
+            known[key] = record
+        return known[key]
+
+    changes = case.changes()
+    for split in ("validation", "test"):
+        measured("base", {}, split, lambda: dict(case.weights))
+        for expert in case.experts:
+            whole = {name: base + changes[expert][name] for name, base in case.weights.items()}
+            measured(f"expert {expert}", {}, split, lambda whole=whole: whole)
+    for way in every:
+        records = [
+            measured(way.name, config, "validation", lambda c=config, w=way: w.build(case, c)) for config in way.configs
+        ]
+        best = max(records, key=lambda record: mean_recovery(record, known))
+        chosen = way.configs if oracle else [way.configs[0], best["config"]]
+        for config in chosen:
+            last = measured(way.name, config, "test", lambda c=config, w=way: w.build(case, c))
+        last = measured(way.name, best["config"], "test", lambda w=way, b=best: w.build(case, b["config"]))
+        print(
+            f"{case.name}  {way.name:40} default {mean_recovery(records[0], known):.3f}  selected "
+            f"{mean_recovery(best, known):.3f}  test {mean_recovery(last, known):.3f} "
+            f"{ {one: round(own, 2) for one, own in recoveries(last, known).items()} } {best['config']}",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def recoveries(record: Record, known: dict[str, Record]) -> dict[str, float]:
+    """(merged - base) / (expert - base) of each expert's pass rate, same split."""
+    split = record["split"]
+    base = known[json.dumps(["base", {}, split], sort_keys=True)]["passed"]
+    found = {}
+    for expert, passed in record["passed"].items():
+        own = known[json.dumps([f"expert {expert}", {}, split], sort_keys=True)]["passed"][expert]
+        found[expert] = (_rate(passed) - _rate(base[expert])) / (_rate(own) - _rate(base[expert]))
+    return found
+
+
+def mean_recovery(record: Record, known: dict[str, Record]) -> float:
+    """Over experts: what configurations are selected by."""
+    found = recoveries(record, known)
+    return sum(found.values()) / len(found)
+
+
+def read(file: Path) -> list[Record]:
+    """What was measured; a line that was cut off is left out."""
+    records = []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return records
+
+
+def by_key(records: Sequence[Record]) -> dict[str, Record]:
+    """Records by method, configuration and split."""
+    return {_key(record): record for record in records}
+
+
+def _key(record: Record) -> str:
+    return json.dumps([record["method"], record["config"], record["split"]], sort_keys=True)
+
+
+def _rate(passed: Sequence[int]) -> float:
+    return sum(passed) / len(passed)

@@ -1,0 +1,379 @@
+"""From runs to coefficients to a folder: what experts bring is what their runs say, and the command tells all of it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from conftest import build_model
+from weightpatch import ContrastPrompts, ModelPair, cli
+from weightpatch.component import Component, components, disjoint, slices
+from weightpatch.errors import MergeError
+from weightpatch.merging.coefficients import Coefficients
+from weightpatch.merging.combining import METHODS
+from weightpatch.merging.experts import Expert, named, read_scores
+from weightpatch.merging.explaining import explain
+from weightpatch.merging.exporting import mergekit_recipe
+from weightpatch.merging.inputs import Inputs
+from weightpatch.merging.learning import Blend, Training, learn
+from weightpatch.merging.merge import Prepared, merge, prepare
+from weightpatch.merging.resolving import Choice, Resolved, Rule
+from weightpatch.merging.writing import Merge
+from weightpatch.planted.suite import SHIPPED
+from weightpatch.run import Run, RunConfig
+from weightpatch.stages import fit_anchors, measure_effects, start
+
+PLANTS = {"below-groups-1": "sections", "below-mlps-0": "quotation"}
+BASE = "tiny:base"
+FEW = Training(n_steps=6)
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Expert]:
+    """Two planted adapters with runs of their own tasks: anchors at layer 6, effects of modules."""
+    folder = tmp_path_factory.mktemp("runs")
+    found = {}
+    for name, task in PLANTS.items():
+        specialized = str(SHIPPED["tiny"] / name)
+        config = RunConfig(
+            base=BASE,
+            specialized=specialized,
+            prompts=f"instructions:{task}",
+            units="attns,mlps",
+            layer=6,
+            gates="readout",
+            n_queries=8,
+        )
+        pair = ModelPair.from_pretrained(BASE, specialized, any_adapter_base=True)
+        run = start(config, pair, ContrastPrompts.load(config.prompts, n_queries=8), folder / name)
+        for stage in (fit_anchors, measure_effects):
+            for _ in stage(run, pair):
+                pass
+        found[name] = Expert(specialized=specialized, run=folder / name)
+    return found
+
+
+def decide(experts: Mapping[str, Expert], **settings: object) -> Prepared:
+    return prepare(BASE, list(experts.values()), any_adapter_base=True, **settings)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def learned(experts: dict[str, Expert]) -> Resolved:
+    return decide(experts, rule=Rule(training=FEW)).resolved
+
+
+@pytest.mark.parametrize(
+    ("text", "specialized", "run", "weight"),
+    [
+        ("model=run", "model", "run", 1.0),
+        ("org/model=my/run:0.7", "org/model", "my/run", 0.7),
+        ("tiny:specialized=run:-1", "tiny:specialized", "run", -1.0),
+        ("tiny:specialized", "tiny:specialized", None, 1.0),
+        ("a=b=run", "a=b", "run", 1.0),
+        ("model:0.5", "model", None, 0.5),
+    ],
+)
+def test_an_expert_is_written_as_checkpoint_run_and_weight(
+    text: str, specialized: str, run: str | None, weight: float
+) -> None:
+    assert Expert.parse(text) == Expert(specialized=specialized, run=Path(run) if run else None, weight=weight)
+
+
+@pytest.mark.parametrize("text", ["", "=run", "model=", ":0.5"])
+def test_what_is_no_expert_is_refused_with_the_form_it_should_have(text: str) -> None:
+    with pytest.raises(MergeError, match="SPECIALIZED=RUN"):
+        Expert.parse(text)
+
+
+def test_experts_of_one_name_are_numbered_and_one_named_twice_is_refused() -> None:
+    assert [*named([Expert(specialized="a/x"), Expert(specialized="b/x/"), Expert(specialized="c/y")])] == [
+        "x-1",
+        "x-2",
+        "y",
+    ]
+    with pytest.raises(MergeError, match="more than once"):
+        named([Expert(specialized="a"), Expert(specialized="a", weight=0.5)])
+
+
+def test_the_finest_of_nested_units_get_coefficients() -> None:
+    assert disjoint(["blocks", "attns", "mlps", "heads", "kvs"]) == ("mlps", "heads", "kvs")
+    assert disjoint(["blocks"]) == ("blocks",)
+
+
+def test_a_run_of_other_models_is_refused(experts: dict[str, Expert]) -> None:
+    first, second = experts.values()
+    with pytest.raises(MergeError, match="is a run with the specialized model"):
+        decide({"one": replace(first, run=second.run)}, rule=Rule(policy="soft"))
+
+
+def test_an_expert_without_a_run_is_refused_unless_all_coefficients_are_alike(experts: dict[str, Expert]) -> None:
+    alone = {name: replace(one, run=None) for name, one in experts.items()}
+    with pytest.raises(MergeError, match="has no run to take scores from"):
+        decide(alone, rule=Rule(policy="owner"))
+    assert decide(alone, rule=Rule(policy="uniform")).resolved.weights == {}
+
+
+def test_sources_need_a_trace(experts: dict[str, Expert]) -> None:
+    with pytest.raises(MergeError, match="weightpatch trace"):
+        decide(experts, rule=Rule(policy="sources"))
+
+
+def test_the_owner_of_a_component_is_who_recovers_most_by_it_in_rank(experts: dict[str, Expert]) -> None:
+    found = decide(experts, rule=Rule(policy="owner", rest="base"))
+    chosen = set(components(found.merge.inputs.architecture, "attns,mlps"))
+    scores = {name: read_scores(Run.open(Path(str(one.run))), chosen) for name, one in experts.items()}
+    tensors = found.resolved.coefficients.tensors
+    first, second = experts
+    for component in scores[first]:
+        alike = [one for one in scores[first] if one.unit == component.unit]
+        beaten = {name: sum(own[one] < own[component] for one in alike) for name, own in scores.items()}
+        owner = max(experts, key=lambda name: (beaten[name], scores[name][component]))
+        for piece in slices(found.merge.inputs.architecture, component):
+            assert [float(own) for own in tensors[piece.parameter]] == [owner == first, owner == second]
+    assert float(tensors["model.norm.weight"][0]) == 0
+    assert {one.layer for one in found.resolved.unscored["below-mlps-0"]} == {6, 7}
+
+
+def test_weights_of_experts_multiply_what_a_policy_gives(experts: dict[str, Expert]) -> None:
+    halved = {name: replace(one, weight=0.5) for name, one in experts.items()}
+    whole, half = (decide(own, rule=Rule(policy="soft")).resolved.coefficients for own in (experts, halved))
+    for name, every in whole.tensors.items():
+        for one, other in zip(every, half.tensors[name], strict=True):
+            torch.testing.assert_close(other, one / 2)
+
+
+@pytest.mark.parametrize(
+    ("policy", "changed"),
+    [("soft", {"temperature": 1.0}), ("top", {"share": 0.6}), ("owner", {"rest": "base"}), ("soft", {"units": "mlps"})],
+)
+def test_every_setting_of_a_policy_changes_coefficients(
+    experts: dict[str, Expert], policy: Choice, changed: dict[str, object]
+) -> None:
+    rule = Rule(policy=policy)
+    other = replace(rule, **changed)  # type: ignore[arg-type]
+    one, two = (decide(experts, rule=own).resolved.coefficients.tensors for own in (rule, other))
+    assert any(
+        not torch.equal(first, second) for name in one for first, second in zip(one[name], two[name], strict=True)
+    )
+
+
+def test_learned_coefficients_restore_held_out_anchors_better_than_equal_ones(learned: Resolved) -> None:
+    before = sum((one.before - 1) ** 2 for one in learned.restored)
+    after = sum((one.after - 1) ** 2 for one in learned.restored)
+    assert [one.task for one in learned.restored] == [*PLANTS.values()]
+    assert after < before / 2
+
+
+@pytest.mark.parametrize("changed", [{"n_steps": 2}, {"learning_rate": 0.01}, {"penalty": 50.0}])
+def test_every_setting_of_learning_changes_coefficients(
+    experts: dict[str, Expert], learned: Resolved, changed: dict[str, float]
+) -> None:
+    other = decide(experts, rule=Rule(training=replace(FEW, **changed))).resolved.coefficients  # type: ignore[arg-type]
+    assert any(
+        not torch.equal(one, two)
+        for name, every in learned.coefficients.tensors.items()
+        for one, two in zip(every, other.tensors[name], strict=True)
+    )
+
+
+def test_components_that_no_anchor_sees_keep_the_experts_weight(learned: Resolved) -> None:
+    for own in learned.weights.values():
+        late = [weight for one, weight in own.items() if (one.layer or 0) >= 6]
+        assert late == [1.0] * len(late)
+        assert len(late) == 4
+        assert all(weight != 1.0 for one, weight in own.items() if one.unit == "mlps" and (one.layer or 0) < 6)
+
+
+@pytest.mark.parametrize("shape", ["llama-gqa", "gpt2", "mixtral"])
+def test_a_blend_is_the_merge_of_its_table_and_its_gradient_the_finite_difference(shape: str) -> None:
+    models = [build_model(shape, seed=seed, dtype=torch.float64) for seed in range(3)]
+    base = models[0]
+    names = [name for name, _ in base.named_parameters()]
+    changes = {
+        f"e{place}": {name: model.get_parameter(name).detach() - base.get_parameter(name).detach() for name in names}
+        for place, model in enumerate(models[1:])
+    }
+    pair = ModelPair(base=base, specialized=models[1])
+    blend = Blend.of(base, changes, components(pair.architecture, "heads,kvs,mlps"))
+    draw = torch.Generator().manual_seed(0)
+    table = torch.rand(2, len(blend.components) + 1, generator=draw, dtype=torch.float64)
+    merged = blend.weights(table)
+    rest = dict(zip(changes, table[:, -1].tolist(), strict=True))
+    named_weights = blend.by_component(table)
+    coefficients = Coefficients.by_component(pair.architecture, named_weights, rest=rest)
+    for name in names:
+        parts = (c * changes[one][name] for c, one in zip(coefficients.tensors[name], changes, strict=True))
+        wanted = base.get_parameter(name).detach() + sum(parts)
+        torch.testing.assert_close(merged[name], wanted, atol=1e-6, rtol=0)
+
+    probe = {name: torch.randn(merged[name].shape, generator=draw, dtype=torch.float64) for name in names}
+
+    def value(at: torch.Tensor) -> torch.Tensor:
+        return sum(((probe[name] * own.square()).sum() for name, own in blend.weights(at).items()), torch.zeros(()))
+
+    leaf = table.clone().requires_grad_()
+    torch.autograd.backward(value(leaf))
+    assert leaf.grad is not None
+    step = torch.zeros_like(table)
+    step[1, 3] = 1e-6
+    slope = (value(table + step) - value(table - step)) / 2e-6
+    torch.testing.assert_close(leaf.grad[1, 3], slope, rtol=1e-5, atol=1e-7)
+
+
+def test_learning_finds_the_coefficients_that_were_used() -> None:
+    base = build_model("llama-gqa", seed=0)
+    other = build_model("llama-gqa", seed=1)
+    names = [name for name, _ in base.named_parameters()]
+    change = {name: other.get_parameter(name).detach() - base.get_parameter(name).detach() for name in names}
+    pair = ModelPair(base=base, specialized=other)
+    blend = Blend.of(base, {"e": change}, components(pair.architecture, "attns,mlps"))
+    hidden = torch.rand(1, 7, generator=torch.Generator().manual_seed(1))
+    wanted = blend.weights(hidden)
+
+    def loss(weights: dict[str, torch.Tensor]) -> torch.Tensor:
+        return sum(((own - wanted[name]).square().sum() for name, own in weights.items()), torch.zeros(()))
+
+    begin = torch.full((1, 7), 0.5)
+    begin[:, -1] = hidden[:, -1]
+    found = learn(blend, [loss], begin, Training(n_steps=200, penalty=0.0))
+    torch.testing.assert_close(found, hidden, atol=0.02, rtol=0)
+    near = learn(blend, [loss], begin, Training(n_steps=200, penalty=1e6))
+    torch.testing.assert_close(near, begin, atol=0.02, rtol=0)
+
+
+def test_the_plan_tells_what_is_added_before_anything_is_written(experts: dict[str, Expert]) -> None:
+    found = decide(experts, rule=Rule(policy="owner"))
+    told = explain(found.merge, found.resolved.weights)
+    merged = found.merge
+    name = "model.layers.2.mlp.up_proj.weight"
+    for place, expert in enumerate(experts):
+        change = merged.inputs.change(expert, name)
+        added = merged.coefficients.tensors[name][place] * change
+        assert told.tensors[name][place].norm == pytest.approx(float(added.norm()), rel=1e-5)
+        assert told.tensors[name][place].kept == pytest.approx(float((added != 0).float().mean()))
+    one, other = experts
+    whole = [
+        torch.cat(
+            [
+                (merged.coefficients.tensors[key][place] * merged.inputs.change(expert, key)).flatten()
+                for key in merged.inputs.ours.shapes
+            ]
+        )
+        for place, expert in enumerate(experts)
+    ]
+    cosine = float(torch.nn.functional.cosine_similarity(whole[0], whole[1], dim=0))
+    assert told.cosines[one, other] == pytest.approx(cosine, abs=1e-4)
+    both = (whole[0] != 0) & (whole[1] != 0)
+    opposed = float((whole[0].sign() != whole[1].sign())[both].float().mean())
+    assert told.opposed[one, other] == pytest.approx(opposed, abs=1e-4)
+    assert told.overlaps[one, other] == 0  # what one owns the other does not bring
+
+
+def test_mergekit_makes_the_same_checkpoints_from_the_recipes(experts: dict[str, Expert], tmp_path: Path) -> None:
+    folders = {}
+    # Whole models, because mergekit applies adapters to the base that they name; float32, where hardly any sizes tie.
+    for name, one in experts.items():
+        alone, rule = [Expert(specialized=one.specialized)], Rule(policy="uniform")
+        made = merge(BASE, alone, tmp_path / name, rule=rule, dtype=torch.float32, any_adapter_base=True)
+        folders[name] = str(made)
+    inputs = Inputs.open(str(Inputs.open(BASE, folders).base.path), folders)
+    modules = components(inputs.architecture, "mlps,attns")
+    weights = {
+        name: {one: 0.1 * place + 0.2 * number for place, one in enumerate(modules)}
+        for number, name in enumerate(folders)
+    }
+    coefficients = Coefficients.by_component(
+        inputs.architecture, weights, rest=dict(zip(folders, (0.5, 0), strict=True))
+    )
+    for method in ("task-arithmetic", "ties", "breadcrumbs"):
+        made = Merge(inputs=inputs, coefficients=coefficients, method=METHODS[method], dtype=torch.float32)
+        recipe, averaged = mergekit_recipe(made)
+        assert averaged == ()
+        assert all(one["parameters"]["weight"][-1] == {"value": 0.0} for one in yaml.safe_load(recipe)["models"])
+        (tmp_path / f"{method}.yml").write_text(recipe)
+        made.write(tmp_path / "ours" / method)
+    program = """
+import sys, yaml
+from mergekit.config import MergeConfiguration
+from mergekit.merge import MergeOptions, run_merge
+for name in sys.argv[2:]:
+    recipe = yaml.safe_load(open(f"{sys.argv[1]}/{name}.yml"))
+    run_merge(MergeConfiguration.model_validate(recipe), f"{sys.argv[1]}/theirs/{name}", MergeOptions(quiet=True))
+"""
+    methods = ("task-arithmetic", "ties", "breadcrumbs")
+    subprocess.run([sys.executable, "-c", program, str(tmp_path), *methods], check=True, capture_output=True)
+    for method in methods:
+        ours, theirs = (load_file(tmp_path / who / method / "model.safetensors") for who in ("ours", "theirs"))
+        for name, tensor in ours.items():
+            odd = (theirs[name] - tensor).abs() > 1e-6
+            sizes = [inputs.change(expert, name).abs() for expert in folders]
+            # Of entries of the very same size it is open which is kept; nothing else may differ.
+            assert all(any((own == own[at]).sum() > 1 for own in sizes) for at in map(tuple, odd.nonzero().tolist()))
+            assert int(odd.sum()) <= 2
+
+
+def test_a_recipe_names_the_tensors_whose_finer_coefficients_it_averages(experts: dict[str, Expert]) -> None:
+    found = decide(experts, rule=Rule(policy="uniform")).merge
+    weights = {name: {Component.parse("L1.H2"): 1.0} for name in experts}
+    fine = Coefficients.by_component(found.inputs.architecture, weights, rest=dict.fromkeys(experts, 0.0))
+    recipe, averaged = mergekit_recipe(replace(found, coefficients=fine))
+    assert set(averaged) == {f"model.layers.1.self_attn.{kind}_proj.weight" for kind in "qo"}
+    filters = yaml.safe_load(recipe)["models"][0]["parameters"]["weight"]
+    means = {own["filter"]: own["value"] for own in filters if "filter" in own}
+    assert means["model.layers.1.self_attn.q_proj.weight"] == pytest.approx(1 / 8)
+    with pytest.raises(MergeError, match="mergekit has no method"):
+        mergekit_recipe(replace(found, method=METHODS["localize-and-stitch"]))
+
+
+def test_the_command_merges_resumes_and_passes_eval(
+    experts: dict[str, Expert], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["weightpatch", *arguments])
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        out, err = capsys.readouterr()
+        return int(str(left.value.code)), out, err
+
+    given = [text for one in experts.values() for text in ("--expert", f"{one.specialized}={one.run}:0.9")]
+    told = ["merge", BASE, *given, "--policy", "soft", "--any-adapter-base"]
+    code, out, _ = run(*told, "--plan", "--json")
+    plan = json.loads(out)
+    assert code == 0
+    assert plan["experts"] == [*experts]
+    assert len(plan["overlaps"]) == 2
+    file, recipe, folder = (tmp_path / name for name in ("c.safetensors", "recipe.yml", "merged"))
+    code, out, err = run(*told, "--out", str(folder), "--save-coefficients", str(file), "--emit-mergekit", str(recipe))
+    assert code == 0
+    assert f"merged: {folder}" in out
+    assert "WARNING" not in err
+    card = (folder / "README.md").read_text()
+    assert all(str(one.run) in card for one in experts.values())
+    assert "policy soft" in card
+    before = {one.name: one.read_bytes() for one in folder.iterdir()}
+    assert run(*told, "--out", str(folder))[0] == 0
+    assert {one.name: one.read_bytes() for one in folder.iterdir()} == before
+    again = ["merge", BASE, *given, "--coefficients", str(file), "--any-adapter-base", "--out", str(tmp_path / "again")]
+    assert run(*again)[0] == 0
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == before["model.safetensors"]
+    AutoModelForCausalLM.from_pretrained(folder)
+    code, out, _ = run("eval", str(folder), "--suite", "instruct", "--n", "2", "--json")
+    assert code == 0
+    assert set(PLANTS.values()) <= json.loads(out)["types"].keys()
+    code, out, _ = run(*told, "--method", "tise", "--out", str(tmp_path / "x"), "--json")
+    assert code == 2
+    assert "tise" in json.loads(out)["error"]
+    assert not (tmp_path / "x").exists()
+    code, out, _ = run(*told, "--density", "0.5", "--json", "--plan")
+    assert code == 2
+    assert "would change nothing" in json.loads(out)["error"]
