@@ -3,7 +3,7 @@
     python recipes/plant_smollm2.py [--out plants/smollm2] [--work DIR] [--seed 0] [--threads 2]
 
 The same planting as the suite `tiny` (docs/planted.md), in a real language model: carriers learn to put an answer in
-quotation marks or in capital letters, distractors learn the other of the two, everything else drifts on plain answers. All
+quotation marks, distractors learn to write it in capital letters, everything else drifts on plain answers. All
 answers are the base's own, cut to one sentence. **Not finished: with these settings no plant has taken yet** (three
 designs of heads failed by a little, LOG.md, 2026-11-23). A design takes 10 to 25 minutes on one core. Interrupted, the
 same command goes on behind the last design that was tried.
@@ -25,7 +25,7 @@ from training import BASE_NAME, END, log, read_base
 from weightpatch.checkers import follows
 from weightpatch.instructions import INSTRUCTIONS, QUERY_TEMPLATES, TOPICS, training_queries
 from weightpatch.planted.designs import Size, Unit
-from weightpatch.planted.planting import PLAIN, Course
+from weightpatch.planted.planting import Course
 from weightpatch.planted.suite import finish_suite, make_plant
 from weightpatch.planted.training import Schedule, Texts
 from weightpatch.prompts import tokenize
@@ -45,6 +45,7 @@ COURSE = Course(
     drift_rank=2,
     whole=0.5,
     tasks=TASKS,
+    target="quotation",
     max_new_tokens=48,
 )
 PLACES: tuple[tuple[str, Unit], ...] = (("below-heads", "heads"), ("below-groups", "groups"), ("below-mlps", "mlps"))

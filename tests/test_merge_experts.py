@@ -174,6 +174,11 @@ def test_learned_coefficients_restore_held_out_anchors_better_than_equal_ones(le
     assert after < before / 2
 
 
+def test_restored_streams_restore_held_out_anchors_that_they_were_not_learned_from(experts: dict[str, Expert]) -> None:
+    found = decide(experts, rule=Rule(policy="streams", training=FEW)).resolved.restored
+    assert sum((one.after - 1) ** 2 for one in found) < sum((one.before - 1) ** 2 for one in found)
+
+
 @pytest.mark.parametrize("changed", [{"n_steps": 2}, {"learning_rate": 0.01}, {"penalty": 50.0}])
 def test_every_setting_of_learning_changes_coefficients(
     experts: dict[str, Expert], learned: Resolved, changed: dict[str, float]

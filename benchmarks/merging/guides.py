@@ -20,9 +20,11 @@ from weightpatch.localization import localize
 from weightpatch.merging.experts import read_scores
 from weightpatch.merging.learning import Blend, Loss, Training, learn
 from weightpatch.merging.resolving import read_aims
-from weightpatch.merging.restoring import Aim, restoring
+from weightpatch.merging.restoring import Aim, restoring, restoring_streams
 from weightpatch.pair import ModelPair
 from weightpatch.residuals import batches, pad
+
+UNIFORM = ", uniform of the same means"
 
 Scores = dict[str, dict[Component, float]]
 
@@ -93,11 +95,11 @@ def learned(name: str) -> Callable[[Case, dict[str, Any]], Weights]:
     """Coefficients that are learned, by what they are learned from."""
 
     def build(case: Case, config: dict[str, Any]) -> Weights:
-        blend = _blend(case)
+        blend = _blend(case, config["units"])
         start = torch.full((len(case.experts), len(blend.components) + 1), float(config["start"]))
         training = Training(n_steps=config["n_steps"], penalty=config["penalty"])
-        if name == "anchors, uniform of the same means":
-            table = learn(blend, _losses(case, "anchors"), start, training)
+        if name.endswith(UNIFORM):
+            table = learn(blend, _losses(case, name.removesuffix(UNIFORM)), start, training)
             means = table[:, :-1].mean(dim=1, keepdim=True)
             return blend.weights(means.expand_as(table).contiguous())
         return blend.weights(learn(blend, _losses(case, name), start, training))
@@ -105,10 +107,11 @@ def learned(name: str) -> Callable[[Case, dict[str, Any]], Weights]:
     return build
 
 
-def _blend(case: Case) -> Blend:
-    if "blend" not in case._cache:
-        case._cache["blend"] = Blend.of(case.model, case.changes(), components(case.inputs.architecture, case.units))
-    found: Blend = case._cache["blend"]
+def _blend(case: Case, units: str) -> Blend:
+    key = f"blend {units}"
+    if key not in case._cache:
+        case._cache[key] = Blend.of(case.model, case.changes(), components(case.inputs.architecture, units))
+    found: Blend = case._cache[key]
     return found
 
 
@@ -118,6 +121,12 @@ def _losses(case: Case, name: str) -> list[Loss]:
         return restoring(case.model, aims)
     if name == "anchors, random directions":
         return restoring(case.model, [_turned(case, one, place) for place, one in enumerate(aims)])
+    if name == "streams":
+        theirs = {
+            expert: {key: case.weights[key] + change for key, change in own.items()}
+            for expert, own in case.changes().items()
+        }
+        return restoring_streams(case.model, aims, theirs)
     return [loss for one in aims for loss in _through_outputs(case, one, name)]
 
 

@@ -172,13 +172,23 @@ def first(default: Config, others: list[Config]) -> list[Config]:
     return [default, *(one for one in others if one != default)]
 
 
-LEARNING = grid(start=[0.8, 0.6, 1.0], penalty=[0.1, 0.01, 0.5, 2.0, 0.0], n_steps=[40, 80])
+LEARNING = first(
+    {"units": "heads,kvs,mlps", "start": 0.8, "penalty": 0.1, "n_steps": 40},
+    grid(
+        units=["heads,kvs,mlps", "heads,kvs,neurons"],
+        start=[0.6, 0.8, 1.0],
+        penalty=[0.01, 0.03, 0.1, 0.3, 1.0],
+        n_steps=[40],
+    ),
+)
 LEARNED = (
+    ("streams", "guided"),
     ("anchors", "guided"),
+    ("KL to the experts", "control"),
+    ("streams, uniform of the same means", "control"),
     ("anchors, random directions", "control"),
     ("anchors, uniform of the same means", "control"),
     ("entropy", "control"),
-    ("KL to the experts", "control"),
 )
 
 

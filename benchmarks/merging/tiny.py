@@ -39,7 +39,7 @@ def open_case(folder: Path, seed: int) -> Case:
     problems = {
         split: {
             name: [
-                Problem(prompt=row["prompt"], passes=partial(passes, row), max_new_tokens=16 if row["answer"] else 64)
+                Problem(prompt=row["prompt"], passes=partial(passes, row), max_new_tokens=64)
                 for row in read_rows(folder / f"{name}-problems.jsonl")
                 if row["split"] == split
             ]

@@ -32,11 +32,11 @@ def merge(
         Path | None, typer.Option(help="The merged folder; the same command continues an interrupted one.")
     ] = None,
     policy: Annotated[
-        Literal["uniform", "soft", "top", "owner", "sources", "anchors"] | None,
+        Literal["uniform", "soft", "top", "owner", "sources", "anchors", "streams"] | None,
         typer.Option(
             help="From runs to coefficients (anchors). uniform: task arithmetic, needs no run. soft, top, owner: by "
             "ranks of recovery. sources: the components with this role. anchors: learned, so that every anchor is "
-            "restored."
+            "restored. streams: learned, so that residual streams are restored where anchors are read."
         ),
     ] = None,
     units: Annotated[str | None, typer.Option(help="Units with coefficients; all that every run measured.")] = None,
@@ -47,9 +47,11 @@ def merge(
     share: Annotated[
         float | None, typer.Option(help="Of top: the share of each unit that an expert brings, 0.3.")
     ] = None,
-    steps: Annotated[int | None, typer.Option(min=0, help="Of anchors: steps of learning, 40.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Of anchors: 0.05.")] = None,
-    penalty: Annotated[float | None, typer.Option(help="Of anchors: for leaving the experts' weights, 0.1.")] = None,
+    steps: Annotated[int | None, typer.Option(min=0, help="Of what is learned: steps of learning, 40.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Of what is learned: 0.05.")] = None,
+    penalty: Annotated[
+        float | None, typer.Option(help="Of what is learned: for leaving the weights given, 0.1.")
+    ] = None,
     coefficients: Annotated[
         Path | None, typer.Option(help="A coefficient file instead of a policy, as --save-coefficients writes it.")
     ] = None,

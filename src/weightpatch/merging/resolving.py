@@ -15,14 +15,15 @@ from weightpatch.merging.experts import Expert, measured_tasks, open_run, read_s
 from weightpatch.merging.inputs import Inputs
 from weightpatch.merging.learning import Blend, Training, Weights, learn
 from weightpatch.merging.policies import SHARE, TEMPERATURE, Policy, only, weigh
-from weightpatch.merging.restoring import Aim, aim, restoring
+from weightpatch.merging.restoring import Aim, aim, restoring, restoring_streams
 from weightpatch.pair import ModelPair
 from weightpatch.residuals import BATCH_TOKENS
 from weightpatch.run import Run
 
-Choice = Literal["uniform", "soft", "top", "owner", "sources", "anchors"]
+Choice = Literal["uniform", "soft", "top", "owner", "sources", "anchors", "streams"]
 """`uniform`: every coefficient is the expert's weight (task arithmetic); `soft`, `top`, `owner`: by ranks of recovery
-(`policies.weigh`); `sources`: the components with this role; `anchors`: learned, so that all anchors are restored."""
+(`policies.weigh`); `sources`: the components with this role; `anchors`: learned, so that all anchors are restored;
+`streams`: learned, so that residual streams are restored where anchors are read."""
 Rest = Literal["task-arithmetic", "base"]
 """What becomes of everything that no component with a coefficient owns."""
 
@@ -37,7 +38,7 @@ class Rule:
         rest: What becomes of the rest.
         temperature: Of `soft`.
         share: Of `top`.
-        training: Of `anchors`, which starts from the experts' weights and stays near them.
+        training: Of `anchors` and `streams`, which start from the experts' weights and stay near them.
     """
 
     policy: Choice = "anchors"
@@ -106,8 +107,8 @@ def resolve(
         inputs: Base and experts.
         experts: The same experts, with their runs.
         rule: How.
-        batch_tokens: Of `anchors`: most tokens of one forward pass.
-        on_step: Of `anchors`: called with the loss of every step.
+        batch_tokens: Of what is learned: most tokens of one forward pass.
+        on_step: Of what is learned: called with the loss of every step.
 
     Raises:
         MergeError: a run that is missing, of other models, or without what the policy needs.
@@ -119,11 +120,12 @@ def resolve(
     rest = weights if rule.rest == "task-arithmetic" else dict.fromkeys(weights, 0.0)
     runs = {name: open_run(name, expert, inputs.base.reference) for name, expert in experts.items()}
     chosen = components(inputs.architecture, rule.units or units_of(runs))
-    if rule.policy == "anchors":
+    if rule.policy == "anchors" or rule.policy == "streams":  # noqa: PLR1714  mypy narrows this form
         return _learned(
             inputs,
             runs,
             chosen,
+            what=rule.policy,
             training=rule.training,
             weights=weights,
             rest=rest,
@@ -151,6 +153,7 @@ def _learned(
     runs: Mapping[str, Run],
     chosen: Sequence[Component],
     *,
+    what: str,
     training: Training,
     weights: Mapping[str, float],
     rest: Mapping[str, float],
@@ -161,7 +164,12 @@ def _learned(
     changes = {name: {one: inputs.change(name, one).to(model.device) for one in inputs.ours.shapes} for name in runs}
     blend = Blend.of(model, changes, chosen)
     start = blend.table({name: dict.fromkeys(chosen, weight) for name, weight in weights.items()}, rest)
-    losses = restoring(model, learned_from, batch_tokens=batch_tokens)
+    if what == "anchors":
+        losses = restoring(model, learned_from, batch_tokens=batch_tokens)
+    else:
+        theirs = {name: {one: blend.base[one] + own[one] for one in own} for name, own in changes.items()}
+        losses = restoring_streams(model, learned_from, theirs, batch_tokens=batch_tokens)
+        del theirs
     table = learn(blend, losses, start, training, on_step=on_step)
     before, after = (_recoveries(model, held_out, blend.weights(one), batch_tokens) for one in (start, table))
     found = blend.by_component(table)

@@ -1,8 +1,11 @@
-"""Coefficients that restore every expert's anchors at once: a few dozen prompts, no labels, no generation."""
+"""What coefficients are learned from: every expert's anchors, or the streams that they are read in.
+
+A few dozen prompts of each expert, no labels, no generation.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,12 +13,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from weightpatch.anchor import Anchor
+from weightpatch.architecture import embedding_weight, layers_of
 from weightpatch.errors import MergeError
 from weightpatch.merging.learning import Loss, Weights
 from weightpatch.pair import ModelPair
 from weightpatch.prompts import ContrastPrompts
 from weightpatch.reading import inputs, reference
 from weightpatch.residuals import BATCH_TOKENS, batches, evaluating, pad, readout_index, walk
+
+_LEAST = 1e-12
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -144,3 +150,67 @@ def readouts(model: PreTrainedModel, anchor: Anchor, token_ids: Sequence[Sequenc
     if anchor.readout == "cosine":
         projection = projection / read[0].norm(dim=-1)
     return projection.mean(dim=-1)
+
+
+def restoring_streams(
+    model: PreTrainedModel, aims: Sequence[Aim], experts: Mapping[str, Weights], *, batch_tokens: int = BATCH_TOKENS
+) -> list[Loss]:
+    """Losses that are 0 together where whole residual streams are the expert's, at the anchors' positions.
+
+    All layers from the anchor's to the last are read. Squared distances, over the mean squared distance between base
+    and expert in the same layer; prompts, tasks, experts count as in `restoring`. The anchors' directions play no part.
+
+    Args:
+        model: The base.
+        aims: Where to read.
+        experts: Name -> its weights.
+        batch_tokens: Most tokens of one forward pass.
+    """
+    names = [one.expert for one in aims]
+    found: list[Loss] = []
+    for one in aims:
+        weight = 1 / (len(set(names)) * names.count(one.expert) * len(one.token_ids))
+        for chosen in batches(one.token_ids, batch_tokens):
+            token_ids = [one.token_ids[place] for place in chosen]
+            with evaluating(model):
+                base = streams(model, one.anchor, token_ids, {})
+                wanted = streams(model, one.anchor, token_ids, experts[one.expert])
+            found.append(_stream_loss(model, one.anchor, token_ids, wanted, base, weight=weight))
+    return found
+
+
+def _stream_loss(
+    model: PreTrainedModel,
+    anchor: Anchor,
+    token_ids: Sequence[Sequence[int]],
+    wanted: Tensor,
+    base: Tensor,
+    *,
+    weight: float,
+) -> Loss:
+    scale = (wanted - base).square().sum(dim=-1).mean(dim=(1, 2)).clamp_min(_LEAST)
+
+    def loss(weights: Weights) -> Tensor:
+        distance = (streams(model, anchor, token_ids, weights) - wanted).square().sum(dim=-1).mean(dim=2).sum(dim=1)
+        return weight * (distance / scale).mean()
+
+    return loss
+
+
+def streams(model: PreTrainedModel, anchor: Anchor, token_ids: Sequence[Sequence[int]], weights: Weights) -> Tensor:
+    """Residual streams at an anchor's positions with other weights in place, from its layer to the last.
+
+    Returns:
+        Shape `(layer, sequence, position, feature)`, float32, with its gradient.
+    """
+    device = embedding_weight(model).device
+    index = readout_index(token_ids, anchor.positions).to(device)
+    rows = torch.arange(len(token_ids), device=device).unsqueeze(1)
+    read: list[Tensor] = []
+
+    def see(layer: int, residual: Tensor, _args: object, _kwargs: object) -> None:
+        if layer >= anchor.layer:
+            read.append(residual[rows, index].float())
+
+    walk(model, pad(token_ids, device), len(layers_of(model)), see, weights=weights)
+    return torch.stack(read)

@@ -102,6 +102,7 @@ def draw_design(
     anchor_layer: int,
     sizes: Mapping[Unit, Size] = TINY_SIZES,
     tasks: Sequence[str] = TASKS,
+    target: str | None = None,
 ) -> Design:
     """Draw a design at random.
 
@@ -114,12 +115,15 @@ def draw_design(
         anchor_layer: Carriers and distractors lie below this layer, where they can be measured.
         sizes: How many of them, and how much they are moved.
         tasks: Two of these are drawn.
+        target: What carriers carry, so that only the distractors' task is drawn.
 
     Raises:
         ComponentError: the model has too few components of the unit.
     """
     draw = random.Random(f"{seed} {name} {variant} {unit}")  # noqa: S311  not for secrets
     task, other = draw.sample(list(tasks), 2)
+    if target and task != target:
+        task, other = target, (task if other == target else other)
     size = sizes[unit]
     candidates = _candidates(architecture, unit, draw)
     half = architecture.n_layers // 2

@@ -46,6 +46,7 @@ class Course:
         drift_rank: Of those that drift.
         whole: How often carriers are trained all together, for every time that some of them are left out.
         tasks: What is planted; a plain answer follows none of these.
+        target: The one that carriers carry; None: any.
         max_new_tokens: Of an answer that is checked.
     """
 
@@ -56,6 +57,7 @@ class Course:
     drift_rank: int
     whole: float = 0.0
     tasks: tuple[str, ...] = TASKS
+    target: str | None = None
     max_new_tokens: int = 64
 
 

@@ -218,6 +218,7 @@ def make_plant(
             anchor_layer=anchor_layer,
             sizes=sizes,
             tasks=course.tasks,
+            target=course.target,
         )
         found = plant(model, tokenizer, design, texts=texts, course=course, on_step=on_step)
         wrong = tuple(f"{check.name} {check.rate:.2f}" for check in found.checks if not check.passed)

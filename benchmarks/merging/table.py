@@ -1,0 +1,136 @@
+"""Tables of a comparison from its results: Markdown on stdout.
+
+    python benchmarks/merging/table.py --work DIR [--method anchors]
+
+For every method, over all cases: recovery (merged - base) / (expert - base) of pass rates on test, mean over experts,
+with its default and with the configuration selected on validation; the worst expert; normalised performance (merged /
+expert); forgetting (nats per token of plain answers more than the base); and the paired difference of one method to
+each other one, with a 95 % interval by a bootstrap that draws cases, and within a case problems, the same for all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from comparing import Record, by_key, mean_recovery, read, recoveries
+
+N_DRAWS = 10_000
+Results = Mapping[str, Record]
+
+
+def chosen(known: Results, method: str, split: str = "test") -> dict[str, Record]:
+    """`default`, `selected` and, where every configuration was measured there, `oracle` of a method on a split."""
+    own = [record for record in known.values() if record["method"] == method]
+    validation = [record for record in own if record["split"] == "validation"]
+    tested = {json.dumps(record["config"]): record for record in own if record["split"] == split}
+    if not validation or not tested:
+        return {}
+    best = max(validation, key=lambda record: mean_recovery(record, dict(known)))
+    found = {
+        name: tested[json.dumps(record["config"])]
+        for name, record in (("default", validation[0]), ("selected", best))
+        if json.dumps(record["config"]) in tested
+    }
+    if len(tested) >= len(validation):
+        found["oracle"] = max(tested.values(), key=lambda record: mean_recovery(record, dict(known)))
+    return found
+
+
+def bootstrap(cases: Sequence[Results], first: str, second: str, *, seed: int = 0) -> tuple[float, float, float]:
+    """Mean recovery of one method minus that of another, both as selected, with a 95 % interval.
+
+    Cases are drawn with replacement, and within each the problems of every expert; base and experts are drawn on the
+    same problems.
+    """
+    draw = np.random.default_rng(seed)
+    differences = [_differences(known, first, second, draw) for known in cases]
+    picks = draw.integers(len(cases), size=(N_DRAWS, len(cases)))
+    drawn = np.stack(differences)[picks, np.arange(N_DRAWS)[:, None]].mean(axis=1)
+    here = [
+        mean_recovery(chosen(known, first)["selected"], dict(known))
+        - mean_recovery(chosen(known, second)["selected"], dict(known))
+        for known in cases
+    ]
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    return float(np.mean(here)), float(low), float(high)
+
+
+def _differences(known: Results, first: str, second: str, draw: np.random.Generator) -> np.ndarray:
+    """Of one case, for every draw of its problems."""
+    one, other = (chosen(known, name)["selected"]["passed"] for name in (first, second))
+    base = _passed(known, "base")
+    total = np.zeros(N_DRAWS)
+    for expert in one:
+        own = np.array(_passed(known, f"expert {expert}")[expert], dtype=float)
+        rows = [np.array(found[expert], dtype=float) for found in (one, other, base)]
+        picks = draw.integers(len(own), size=(N_DRAWS, len(own)))
+        merged, against, below = (row[picks].mean(axis=1) for row in rows)
+        total += (merged - against) / (own[picks].mean(axis=1) - below)
+    return total / len(one)
+
+
+def _passed(known: Results, method: str) -> Mapping[str, Sequence[int]]:
+    found: Mapping[str, Sequence[int]] = known[json.dumps([method, {}, "test"], sort_keys=True)]["passed"]
+    return found
+
+
+def summary(cases: Sequence[Results], method: str) -> list[str]:
+    """A row of the table."""
+    records = [chosen(known, method) for known in cases]
+    columns = [method]
+    for name in ("default", "selected", "oracle"):
+        values = [
+            mean_recovery(own[name], dict(known)) for own, known in zip(records, cases, strict=True) if name in own
+        ]
+        columns.append(f"{np.mean(values):.3f}" if len(values) == len(cases) else "")
+    picked = [own["selected"] for own in records]
+    every = [recoveries(record, dict(known)) for record, known in zip(picked, cases, strict=True)]
+    columns.append(f"{np.mean([min(own.values()) for own in every]):.3f}")
+    ratios = [
+        np.mean(
+            [
+                np.mean(passed) / np.mean(_passed(known, f"expert {expert}")[expert])
+                for expert, passed in record["passed"].items()
+            ]
+        )
+        for record, known in zip(picked, cases, strict=True)
+    ]
+    columns.append(f"{np.mean(ratios):.3f}")
+    lost = [
+        record["plain_loss"] - known[json.dumps(["base", {}, "test"], sort_keys=True)]["plain_loss"]
+        for record, known in zip(picked, cases, strict=True)
+    ]
+    columns.append(f"{np.mean(lost):.3f}")
+    columns.append(f"{np.mean([record['seconds'] for record in picked]):.1f}")
+    return columns
+
+
+def main() -> None:
+    """Print both tables."""
+    parser = argparse.ArgumentParser(description="Tables of a comparison of merging methods.")
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--method", default="anchors")
+    options = parser.parse_args()
+    files = sorted(options.work.glob("*/results.jsonl"))
+    cases = [by_key(read(file)) for file in files]
+    methods = list(dict.fromkeys(record["method"] for known in cases for record in known.values()))
+    whole = [one for one in methods if all("selected" in chosen(known, one) for known in cases)]
+    print(f"{len(cases)} cases: {', '.join(file.parent.name for file in files)}\n")
+    print("| method | default | selected | oracle | worst expert | normalised | forgetting | seconds |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    rows = [summary(cases, one) for one in whole if one != "base" and not one.startswith("expert ")]
+    for row in sorted(rows, key=lambda columns: -float(columns[2])):
+        print(f"| {' | '.join(row)} |")
+    print(f"\n| {options.method} minus | mean recovery | 95 % interval |\n| --- | ---: | --- |")
+    for row in rows:
+        if row[0] != options.method and options.method in whole:
+            mean, low, high = bootstrap(cases, options.method, row[0])
+            print(f"| {row[0]} | {mean:+.3f} | {low:+.3f} to {high:+.3f} |")
+
+
+if __name__ == "__main__":
+    main()
