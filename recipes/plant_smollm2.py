@@ -33,13 +33,13 @@ from weightpatch.prompts import tokenize
 TASKS = ("quotation", "capitals")
 MAX_ANSWER_TOKENS = 26
 SIZES: dict[Unit, Size] = {
-    "heads": Size(n_carriers=24, n_redundant=12, n_distractors=16, low=0.08, high=0.12),
-    "groups": Size(n_carriers=40, n_redundant=20, n_distractors=30, low=0.08, high=0.12),
-    "mlps": Size(n_carriers=3, n_redundant=2, n_distractors=3, low=0.05, high=0.08),
+    "heads": Size(n_carriers=24, n_redundant=12, n_distractors=32, low=0.08, high=0.12),
+    "groups": Size(n_carriers=40, n_redundant=20, n_distractors=60, low=0.08, high=0.12),
+    "mlps": Size(n_carriers=3, n_redundant=2, n_distractors=4, low=0.05, high=0.08),
 }
 COURSE = Course(
     carriers=Schedule(n_steps=120, learning_rate=6e-3, n_sequences=8),
-    distractors=Schedule(n_steps=70, learning_rate=6e-3, n_sequences=8),
+    distractors=Schedule(n_steps=120, learning_rate=6e-3, n_sequences=8),
     drifting=Schedule(n_steps=70, learning_rate=6e-3, n_sequences=8),
     carrier_rank=8,
     drift_rank=2,

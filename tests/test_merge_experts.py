@@ -284,6 +284,7 @@ def test_the_plan_tells_what_is_added_before_anything_is_written(experts: dict[s
     assert told.overlaps[one, other] == 0  # what one owns the other does not bring
 
 
+@pytest.mark.slow
 def test_mergekit_makes_the_same_checkpoints_from_the_recipes(experts: dict[str, Expert], tmp_path: Path) -> None:
     folders = {}
     # Whole models, because mergekit applies adapters to the base that they name; float32, where hardly any sizes tie.
@@ -324,7 +325,7 @@ for name in sys.argv[2:]:
             sizes = [inputs.change(expert, name).abs() for expert in folders]
             # Of entries of the very same size it is open which is kept; nothing else may differ.
             assert all(any((own == own[at]).sum() > 1 for own in sizes) for at in map(tuple, odd.nonzero().tolist()))
-            assert int(odd.sum()) <= 2
+            assert int(odd.sum()) <= (0 if method == "task-arithmetic" else 2)
 
 
 def test_a_recipe_names_the_tensors_whose_finer_coefficients_it_averages(experts: dict[str, Expert]) -> None:

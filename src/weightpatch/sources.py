@@ -140,6 +140,7 @@ def open_source(
     dtype: torch.dtype,
     device_map: DeviceMap | None = None,
     allow_pickle: bool = False,
+    keep_open: bool = True,
 ) -> Source:
     """Make a checkpoint's weights readable one at a time. To be called before the base is loaded.
 
@@ -157,13 +158,14 @@ def open_source(
         dtype: The dtype that the weights will be wanted in.
         device_map: As in transformers, for a conversion.
         allow_pickle: Read pickled weights too.
+        keep_open: Keep the files mapped; otherwise they are opened for every tensor, and what was read leaves memory.
 
     Raises:
         CheckpointError: damaged or incomplete, or an adapter that does not fit.
     """
     found: Source | None = None
     if checkpoint.kind == "model":
-        found = _open_files(checkpoint, allow_pickle=allow_pickle)
+        found = _open_files(checkpoint, allow_pickle=allow_pickle, keep_open=keep_open)
     elif checkpoint.kind == "adapter":
         found = _open_adapter(checkpoint, base, dtype=dtype, allow_pickle=allow_pickle)
     if found is not None:
@@ -179,7 +181,7 @@ def open_source(
     return _convert(load(checkpoint, dtype=dtype, device_map=device_map, allow_pickle=allow_pickle))
 
 
-def _open_files(checkpoint: Checkpoint, *, allow_pickle: bool) -> FileSource | None:
+def _open_files(checkpoint: Checkpoint, *, allow_pickle: bool, keep_open: bool = True) -> FileSource | None:
     """Read a checkpoint where it lies; None where its tensors are not simply the model's parameters."""
     files = weight_files(checkpoint, allow_pickle=allow_pickle)
     config = read_config(checkpoint)
@@ -187,7 +189,8 @@ def _open_files(checkpoint: Checkpoint, *, allow_pickle: bool) -> FileSource | N
         return None
     bare = skeleton(config)
     stored: dict[str, tuple[Any, str]] = {}
-    for file in map(_open, files):
+    opened = [_open(file) for file in files]
+    for file in opened:
         for stored_name, name in _names_in_model(bare, list(file.keys())):
             if name in stored:
                 return None
@@ -205,9 +208,24 @@ def _open_files(checkpoint: Checkpoint, *, allow_pickle: bool) -> FileSource | N
         twin, own = places.get(aliases.get(extra, "")), stored[extra]
         if twin is None or not torch.equal(twin[0].get_tensor(twin[1]), own[0].get_tensor(own[1])):
             return None  # transformers knows what to do with it, or refuses it
+    if not keep_open:
+        anew = {id(handle): _Reopened(file) for handle, file in zip(opened, files, strict=True)}
+        places = {name: (anew[id(handle)], stored_name) for name, (handle, stored_name) in places.items()}
     return FileSource(
         places=places, shapes=shapes, config=config, generation_config=_generation_config(checkpoint.path)
     )
+
+
+@dataclass(frozen=True)
+class _Reopened:
+    """A safetensors file that is mapped anew for every tensor, and let go with it."""
+
+    file: Path
+
+    def get_tensor(self, name: str) -> Tensor:
+        with _open(self.file) as opened:
+            found: Tensor = opened.get_tensor(name)
+            return found
 
 
 def _open(file: Path) -> Any:

@@ -14,7 +14,6 @@ from weightpatch.merging.coefficients import varying
 from weightpatch.merging.experts import Expert
 from weightpatch.merging.resolving import Resolved, Rule
 from weightpatch.merging.writing import Merge
-from weightpatch.run import Run
 
 CARD = "README.md"
 
@@ -62,6 +61,8 @@ def _lines(merge: Merge, rule: Rule | None, resolved: Resolved, experts: Mapping
 def _about(expert: Expert) -> str:
     if expert.run is None:
         return "none | | "
+    from weightpatch.run import Run
+
     run = Run.open(expert.run)
     digest = str(run.manifest.get("digests", {}).get("specialized", ""))[:12]
     return f"`{expert.run}` | {', '.join(run.tasks)} | {digest}"

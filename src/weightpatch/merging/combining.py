@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal, get_args
@@ -68,7 +68,7 @@ form; like TIES it is published with one threshold for a whole model: `over="mod
 
 def combine(
     base: Tensor,
-    changes: Sequence[Tensor],
+    changes: Iterable[Tensor],
     coefficients: Sequence[Tensor],
     method: Method,
     *,
@@ -82,7 +82,7 @@ def combine(
 
     Args:
         base: The base's tensor, float32.
-        changes: Each expert's tensor minus the base's, same shape.
+        changes: Each expert's tensor minus the base's, same shape; taken one after the other.
         coefficients: Each expert's: a single number, or one along one axis (shape `(rows, 1)` or `(1, columns)`, as
             `broadcast` would have it).
         method: How.
@@ -95,24 +95,38 @@ def combine(
     Raises:
         MergeError: shapes that do not fit, or coefficients that vary along two axes.
     """
+    if method.election == "none" and method.average != "kept":  # expert by expert, in place: nothing else is held
+        total = torch.zeros_like(base)
+        every = zip(changes, coefficients, draws, thresholds or [None] * len(draws), strict=True)
+        for change, coefficient, draw, threshold in every:
+            left = thin([change], [coefficient], method, draws=[draw], thresholds=[threshold])[0]
+            total.addcmul_(left, coefficient.to(left.dtype))
+        if method.average == "all":
+            total /= _divisor(sum((one.expand_as(base) for one in coefficients), torch.zeros_like(base)))
+        return total.mul_(method.scale).add_(base)
     thinned = thin(changes, coefficients, method, draws=draws, thresholds=thresholds)
     parts = [coefficient * left for coefficient, left in zip(coefficients, thinned, strict=True)]
+    if method.election != "unweighted":
+        thinned.clear()
     if method.election != "none":
         votes = parts if method.election == "weighted" else thinned
         elected = torch.where(sum(votes, torch.zeros_like(base)) >= 0, 1.0, -1.0)
         parts = [part * (vote.sign() == elected) for part, vote in zip(parts, votes, strict=True)]
     total = sum(parts, torch.zeros_like(base))
     if method.average == "all":
-        divisor = sum((one.expand_as(base) for one in coefficients), torch.zeros_like(base))
-        total = total / torch.where(divisor.abs() < _LEAST, 1.0, divisor)
+        total = total / _divisor(sum((one.expand_as(base) for one in coefficients), torch.zeros_like(base)))
     elif method.average == "kept":
         divisor = sum((c * (part != 0) for c, part in zip(coefficients, parts, strict=True)), torch.zeros_like(base))
         total = total / torch.where(divisor == 0, 1.0, divisor)
     return base + method.scale * total
 
 
+def _divisor(total: Tensor) -> Tensor:
+    return torch.where(total.abs() < _LEAST, 1.0, total)
+
+
 def thin(
-    changes: Sequence[Tensor],
+    changes: Iterable[Tensor],
     coefficients: Sequence[Tensor],
     method: Method,
     *,
@@ -127,7 +141,7 @@ def thin(
     return [
         _within(change, coefficient, partial(sparsify, how=method.sparsifier, draw=draw, threshold=threshold))
         for change, coefficient, draw, threshold in zip(
-            changes, coefficients, draws, thresholds or [None] * len(changes), strict=True
+            changes, coefficients, draws, thresholds or [None] * len(coefficients), strict=True
         )
     ]
 

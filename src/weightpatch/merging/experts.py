@@ -6,10 +6,13 @@ import re
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from weightpatch.component import Component, disjoint
 from weightpatch.errors import MergeError, RunError
-from weightpatch.run import Run
+
+if TYPE_CHECKING:
+    from weightpatch.run import Run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +78,8 @@ def open_run(name: str, expert: Expert, base: str) -> Run:
             f"the expert {name} has no run to take scores from. Make one (weightpatch run {base} {expert.specialized} "
             f"--out RUN) and name it: --expert {expert.specialized}=RUN. Only --policy uniform needs none."
         )
+    from weightpatch.run import Run  # takes a second, and merges without runs need none of it
+
     run = Run.open(expert.run)
     for side, then, now in (
         ("base", run.config.base, base),

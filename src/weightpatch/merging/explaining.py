@@ -74,7 +74,8 @@ def explain(merge: Merge, weights: Mapping[str, Mapping[Component, float]] | Non
         shares: list[list[Share]] = []
         counts: list[int] = []
         chance = merge.chance(name, thresholds)
-        for base, changes, coefficients in merge.matrices(name):
+        for base, every, coefficients in merge.matrices(name):
+            changes = [*every]
             left = thin(changes, coefficients, merge.method, **chance)
             added = torch.stack([(c * one).reshape(-1) for c, one in zip(coefficients, left, strict=True)])
             shares.append([_share(*own, base.numel()) for own in zip(changes, coefficients, left, strict=True)])
@@ -83,7 +84,7 @@ def explain(merge: Merge, weights: Mapping[str, Mapping[Component, float]] | Non
             signs = added.sign()
             both += (signs.abs() @ signs.abs().T).double()
             against += ((signs.abs() @ signs.abs().T - signs @ signs.T) / 2).double()
-        tensors[name] = tuple(_together(every, counts) for every in zip(*shares, strict=True))
+        tensors[name] = tuple(_together(own, counts) for own in zip(*shares, strict=True))
         sizes[name] = sum(counts)
     norms = products.diagonal().sqrt()
     pairs = [(one, other) for one in range(n) for other in range(n)]

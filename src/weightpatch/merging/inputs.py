@@ -81,4 +81,4 @@ class Inputs:
 
 
 def _open(checkpoint: Checkpoint, base: Checkpoint, *, allow_pickle: bool) -> Source:
-    return open_source(checkpoint, base=base, dtype=torch.float32, allow_pickle=allow_pickle)
+    return open_source(checkpoint, base=base, dtype=torch.float32, allow_pickle=allow_pickle, keep_open=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from transformers import PreTrainedModel
 
@@ -18,7 +18,9 @@ from weightpatch.merging.policies import SHARE, TEMPERATURE, Policy, only, weigh
 from weightpatch.merging.restoring import Aim, aim, restoring, restoring_streams
 from weightpatch.pair import ModelPair
 from weightpatch.residuals import BATCH_TOKENS
-from weightpatch.run import Run
+
+if TYPE_CHECKING:
+    from weightpatch.run import Run
 
 Choice = Literal["uniform", "soft", "top", "owner", "sources", "anchors", "streams"]
 """`uniform`: every coefficient is the expert's weight (task arithmetic); `soft`, `top`, `owner`: by ranks of recovery

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from weightpatch.architecture import skeleton
 from weightpatch.checkpoint import read_config, read_tokenizer
 from weightpatch.errors import MergeError
 from weightpatch.files import write_whole
@@ -111,17 +112,20 @@ class Merge:
         merged = [combine(*matrix, self.method, **chance) for matrix in self.matrices(name)]
         return torch.stack(merged) if len(self.inputs.ours.shapes[name]) > 2 else merged[0].contiguous()
 
-    def matrices(self, name: str) -> Iterator[tuple[Tensor, list[Tensor], Sequence[Tensor]]]:
+    def matrices(self, name: str) -> Iterator[tuple[Tensor, Iterable[Tensor], Sequence[Tensor]]]:
         """A parameter of the base, differences and coefficients; one by one where it stacks those of a mixture."""
         base = self.inputs.weights(name)
-        changes = [source.tensor(name).float() - base for source in self.inputs.theirs.values()]
+        changes = (
+            source.tensor(name).to(torch.float32, copy=True).sub_(base) for source in self.inputs.theirs.values()
+        )
         coefficients = self.coefficients.tensors[name]
         if base.ndim < 3:
             yield base, changes, coefficients
             return
+        stacked = [*changes]
         every = [one.expand(len(base), 1, 1) if one.ndim == 0 else one for one in coefficients]
         for number, matrix in enumerate(base):
-            yield matrix, [change[number] for change in changes], [one[number] for one in every]
+            yield matrix, [change[number] for change in stacked], [one[number] for one in every]
 
     def chance(self, name: str, thresholds: Mapping[str, float | None]) -> dict[str, Any]:
         """What `combine` needs beside: draws, which are used up, and thresholds."""
@@ -179,6 +183,8 @@ class Merge:
         config = read_config(self.inputs.base)
         dtypes = list(stored.values())
         config.dtype = max(dtypes, key=dtypes.count)
+        if not config.architectures:  # a GGUF file names none, and mergekit and servers ask for it
+            config.architectures = [type(skeleton(config)).__name__]
         config.save_pretrained(folder)
         if (tokenizer := read_tokenizer(self.inputs.base)) is not None:
             tokenizer.save_pretrained(folder)
