@@ -7,6 +7,7 @@ comes last. Only safetensors and GGUF are read unless pickled weights are allowe
 from __future__ import annotations
 
 import copy
+import filecmp
 import json
 import struct
 import warnings
@@ -199,6 +200,25 @@ def read_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase | None:
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"cannot read the tokenizer of {checkpoint.reference}: {error}") from error
     return tokenizer
+
+
+def same_tokenizer_files(one: Checkpoint, other: Checkpoint) -> bool:
+    """Whether two folders bring the same tokenizer, byte for byte: then there is nothing to compare."""
+    every = [
+        {file.name: file for pattern in _TOKENIZER_FILES for file in checkpoint.path.glob(pattern)}
+        if checkpoint.path.is_dir()
+        else {}
+        for checkpoint in (one, other)
+    ]
+    left, right = every
+    return (
+        "tokenizer.json" in left
+        and left.keys() == right.keys()
+        and all(filecmp.cmp(left[name], right[name], shallow=False) for name in left)
+    )
+
+
+_TOKENIZER_FILES = ("*token*.json", "vocab.*", "merges.txt", "*.model", "*chat_template*")
 
 
 def load(

@@ -27,6 +27,7 @@ from weightpatch.checkpoint import (
     read_config,
     read_dtype,
     read_tokenizer,
+    same_tokenizer_files,
     shapes,
     weight_files,
 )
@@ -248,8 +249,10 @@ def check_pair(
             common = stored[0].keys() & stored[1].keys()
             in_both = [{name: side[name] for name in side if name in common} for side in stored]
             differences += [line for line in _shape_differences(*in_both) if line not in differences]
-    ours, theirs = read_tokenizer(left), read_tokenizer(right)
-    differences += _tokenizer_differences(ours, theirs, prompts)
+    ours = read_tokenizer(left)
+    theirs = ours if same_tokenizer_files(left, right) else read_tokenizer(right)
+    if theirs is not ours:
+        differences += _tokenizer_differences(ours, theirs, prompts)
     if differences:
         raise _no_pair(str(base), str(specialized), differences)
     tokenizer = theirs if theirs is not None and (theirs.chat_template or ours is None) else ours

@@ -115,7 +115,7 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
     found = [(module, module.training) for model in models for module in model.modules() if module.training]
     for module, _ in found:
         module.training = False
-    _keep_freed_buffers()
+    keep_freed_buffers()
     try:
         with torch.no_grad():
             yield
@@ -124,7 +124,7 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _keep_freed_buffers() -> None:
+def keep_freed_buffers() -> None:
     """Let the C library keep what activations free instead of giving it back and fetching it again at every layer.
 
     glibc raises its thresholds when a large mapping is freed: up to twice its size then stays with the process. One

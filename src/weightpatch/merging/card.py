@@ -44,7 +44,7 @@ def _lines(merge: Merge, rule: Rule | None, resolved: Resolved, experts: Mapping
     for name, expert in experts.items():
         yield f"| {name} | `{expert.specialized}` | {expert.weight:g} | {_about(expert)} |"
     yield from ("", "## How", "")
-    yield f"- coefficients: {_settings(asdict(rule)) if rule else 'given, in merge-coefficients.safetensors'}"
+    yield f"- coefficients: {_settings(asdict(rule)) if rule else 'given, in merge.coefficients'}"
     yield f"- method: {_settings(asdict(merge.method))}"
     yield f"- seed: {merge.seed}; files: {str(merge.dtype or 'dtypes of the base').removeprefix('torch.')}"
     fine = sum(1 for _ in varying(resolved.coefficients))

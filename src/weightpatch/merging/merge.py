@@ -37,14 +37,14 @@ class Prepared:
     def write(self, out: str | Path, *, on_parameter: Callable[[int, int], None] | None = None) -> Path:
         """Write the folder, its model card and its coefficients; see `Merge.write`."""
         folder = self.merge.write(out, on_parameter=on_parameter)
-        self.merge.coefficients.save(folder / "coefficients.safetensors.partial")
-        (folder / "coefficients.safetensors.partial").replace(folder / COEFFICIENTS)
+        self.merge.coefficients.save(folder / f"{COEFFICIENTS}.partial")
+        (folder / f"{COEFFICIENTS}.partial").replace(folder / COEFFICIENTS)
         write_card(folder, self.merge, self.rule, self.resolved, self.experts)
         return folder
 
 
-COEFFICIENTS = "merge-coefficients.safetensors"
-"""In a merged folder; not `*.safetensors` of a name that transformers would read as weights."""
+COEFFICIENTS = "merge.coefficients"
+"""In a merged folder, as safetensors, but not by that name: servers take every `*.safetensors` there for weights."""
 
 
 def prepare(

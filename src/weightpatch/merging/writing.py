@@ -23,6 +23,7 @@ from weightpatch.merging.coefficients import Coefficients
 from weightpatch.merging.combining import METHODS, Method, combine, seeded_draw
 from weightpatch.merging.inputs import Inputs
 from weightpatch.merging.thresholds import find_threshold
+from weightpatch.residuals import keep_freed_buffers
 
 SHARD_BYTES = 4_000_000_000
 _NOTE = "merge.json"
@@ -85,6 +86,7 @@ class Merge:
         }
         shards = dict(_shards(sizes, self.shard_bytes))
         thresholds: Mapping[str, float | None] | None = None
+        keep_freed_buffers()
         done = 0
         for file, names in shards.items():
             if not _is_whole(folder / file):
