@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +13,6 @@ from torch.func import functional_call
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from weightpatch.checkpoint import load_alone
 from weightpatch.generation import generate
 from weightpatch.merging.inputs import Inputs
 from weightpatch.pair import ModelPair
@@ -66,8 +64,11 @@ class Case:
 
     @property
     def weights(self) -> Weights:
-        """The base's parameters."""
-        return {name: self.model.get_parameter(name).detach() for name in self.inputs.ours.shapes}
+        """The base's parameters, which stay what they are while the model has others."""
+        if "weights" not in self._cache:
+            self._cache["weights"] = {name: self.inputs.weights(name).clone() for name in self.inputs.ours.shapes}
+        found: Weights = self._cache["weights"]
+        return found
 
     def changes(self) -> dict[str, dict[str, Tensor]]:
         """Expert -> parameter -> difference, float32."""
@@ -98,23 +99,17 @@ class Case:
 
     def measure(self, weights: Weights, split: str) -> dict[str, Any]:
         """Every expert's problems answered greedily by a merged model, and its loss on the plain answers."""
-        own = self.weights
-        with torch.no_grad():
-            for name in own:
-                self.model.get_parameter(name).copy_(weights[name])
+        self._put(weights)
         try:
             passed = {expert: self._answers(problems) for expert, problems in self.problems[split].items()}
             return {"passed": passed, "plain_loss": self.plain_loss()}
         finally:
-            with torch.no_grad():
-                for name, parameter in self._pristine().items():
-                    self.model.get_parameter(name).copy_(parameter)
+            self._put(self.weights)
 
-    def _pristine(self) -> Weights:
-        if "base" not in self._cache:
-            self._cache["base"] = {name: self.inputs.weights(name) for name in self.inputs.ours.shapes}
-        found: Weights = self._cache["base"]
-        return found
+    @torch.no_grad()
+    def _put(self, weights: Weights) -> None:
+        for name, weight in weights.items():
+            self.model.get_parameter(name).copy_(weight)
 
     def _answers(self, problems: Sequence[Problem]) -> list[int]:
         prompts = [tokenize(self.tokenizer, problem.prompt) for problem in problems]
@@ -145,14 +140,3 @@ def logits_with(model: PreTrainedModel, weights: Weights, tokens: Tensor) -> Ten
     """Logits with other weights in place, with their gradient."""
     found: Tensor = functional_call(model, dict(weights), (), {"input_ids": tokens, "use_cache": False}).logits
     return found
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSONL file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def open_base(base: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The base in float32."""
-    model, tokenizer = load_alone(base)
-    return model, tokenizer

@@ -50,10 +50,8 @@ def compare(case: Case, every: Sequence[Way], *, oracle: bool = False) -> None:
             measured(way.name, config, "validation", lambda c=config, w=way: w.build(case, c)) for config in way.configs
         ]
         best = max(records, key=lambda record: mean_recovery(record, known))
-        chosen = way.configs if oracle else [way.configs[0], best["config"]]
-        for config in chosen:
+        for config in (*(way.configs if oracle else way.configs[:1]), best["config"]):
             last = measured(way.name, config, "test", lambda c=config, w=way: w.build(case, c))
-        last = measured(way.name, best["config"], "test", lambda w=way, b=best: w.build(case, b["config"]))
         print(
             f"{case.name}  {way.name:40} default {mean_recovery(records[0], known):.3f}  selected "
             f"{mean_recovery(best, known):.3f}  test {mean_recovery(last, known):.3f} "

@@ -116,6 +116,13 @@ def _blend(case: Case, units: str) -> Blend:
 
 
 def _losses(case: Case, name: str) -> list[Loss]:
+    if f"losses {name}" not in case._cache:
+        case._cache[f"losses {name}"] = _new_losses(case, name)
+    found: list[Loss] = case._cache[f"losses {name}"]
+    return found
+
+
+def _new_losses(case: Case, name: str) -> list[Loss]:
     aims = _aims(case)
     if name == "anchors":
         return restoring(case.model, aims)
@@ -132,7 +139,7 @@ def _losses(case: Case, name: str) -> list[Loss]:
 
 def _aims(case: Case) -> list[Aim]:
     if "aims" not in case._cache:
-        _, case._cache["aims"], case._cache["held out"] = read_aims(case.inputs, case.runs())
+        case._cache["aims"] = read_aims(case.inputs, case.runs())[1]
     found: list[Aim] = case._cache["aims"]
     return found
 

@@ -15,10 +15,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from cases import Case, Problem, open_base, read_rows
+from cases import Case, Problem
 from comparing import compare
 from methods import ways
 
+from weightpatch.checkpoint import load_alone
 from weightpatch.merging.inputs import Inputs
 
 ROOT = Path(__file__).parent.parent.parent
@@ -27,7 +28,7 @@ sys.path.insert(0, str(ROOT / "recipes"))
 
 def open_case(folder: Path, seed: int) -> Case:
     """Experts of one seed, trained if need be."""
-    from tiny_experts import EXPERTS, passes
+    from tiny_experts import EXPERTS, passes, read_rows
 
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "forgetting.jsonl").is_file():
@@ -35,7 +36,7 @@ def open_case(folder: Path, seed: int) -> Case:
         subprocess.run([sys.executable, recipe, "--out", str(folder), "--seed", str(seed)], check=True)
     base = "tiny:base"
     experts = {name: str(folder / name) for name in EXPERTS}
-    model, tokenizer = open_base(base)
+    model, tokenizer = load_alone(base)
     problems = {
         split: {
             name: [

@@ -179,7 +179,7 @@ class Anchor:
         Returns:
             Shape `(...)`, float64, on the CPU.
         """
-        return self._project(residual.detach())
+        return self.project(residual.detach())
 
     @property
     def is_difference(self) -> bool:
@@ -200,11 +200,12 @@ class Anchor:
         return Reader(
             layer=self.layer,
             places=tuple(map(tuple, places)),
-            score=lambda _, found: self._project(found),
+            score=lambda _, found: self.project(found),
             is_alike=True,
         )
 
-    def _project(self, residual: Tensor) -> Tensor:
+    def project(self, residual: Tensor) -> Tensor:
+        """As `read`, with its gradient."""
         residual = residual.cpu().to(torch.float64)
         projection = residual @ self.direction
         if self.readout == "cosine":

@@ -146,11 +146,9 @@ def _given(options: dict[str, Any]) -> dict[str, Any]:
 
 def _method(name: str, own: dict[str, Any], thinning: dict[str, Any]) -> Method:
     """A method with some of its settings changed."""
-    from weightpatch.merging.combining import METHODS
+    from weightpatch.merging.combining import method_of
 
-    if name not in METHODS:
-        raise MergeError(f"unknown method {name!r}. Choose one of {', '.join(METHODS)}.")
-    known = METHODS[name]
+    known = method_of(name)
     if known.sparsifier.kind == "none" and (unused := [*_given(thinning)]):
         raise MergeError(f"{name} keeps every entry, so --{unused[0]} would change nothing. Leave it out.")
     return replace(known, sparsifier=replace(known.sparsifier, **_given(thinning)), **_given(own))

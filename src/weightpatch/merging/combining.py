@@ -66,6 +66,17 @@ METHODS: Mapping[str, Method] = {
 form; like TIES it is published with one threshold for a whole model: `over="model"` of its sparsifier."""
 
 
+def method_of(name: str) -> Method:
+    """A method by its name.
+
+    Raises:
+        MergeError: there is none.
+    """
+    if name not in METHODS:
+        raise MergeError(f"unknown method {name!r}. Choose one of {', '.join(METHODS)}.")
+    return METHODS[name]
+
+
 def combine(
     base: Tensor,
     changes: Iterable[Tensor],

@@ -12,6 +12,7 @@ from weightpatch.component import Component, disjoint
 from weightpatch.errors import MergeError, RunError
 
 if TYPE_CHECKING:
+    from weightpatch.effects import Effects
     from weightpatch.run import Run
 
 
@@ -93,24 +94,22 @@ def open_run(name: str, expert: Expert, base: str) -> Run:
     return run
 
 
-def measured_tasks(run: Run) -> tuple[str, ...]:
-    """Tasks of a run that have effects.
+def measured(run: Run) -> dict[str, Effects]:
+    """Task -> effects, of the tasks of a run that have some.
 
     Raises:
         MergeError: none.
     """
-    found = []
+    found: dict[str, Effects] = {}
     reasons = []
     for task in run.tasks:
         try:
-            run.effects(task)
+            found[task] = run.effects(task)
         except RunError as error:
             reasons.append(str(error))
-        else:
-            found.append(task)
     if not found:
         raise MergeError(f"{run.path} has no effects of any task: {'; '.join(reasons)}")
-    return tuple(found)
+    return found
 
 
 def read_scores(run: Run, chosen: Set[Component]) -> dict[Component, float]:
@@ -124,8 +123,7 @@ def read_scores(run: Run, chosen: Set[Component]) -> dict[Component, float]:
         MergeError: no task has effects, or none of these components.
     """
     every: list[dict[Component, float]] = []
-    for task in measured_tasks(run):
-        effects = run.effects(task)
+    for effects in measured(run).values():
         shares = effects.per_prompt.mean(dim=1) / effects.gap.mean()
         every.append(dict(zip(effects.components, shares.tolist(), strict=True)))
     common = [one for one in every[0] if one in chosen and all(one in own for own in every)]
@@ -142,7 +140,7 @@ def read_sources(run: Run) -> set[Component]:
         MergeError: a task was not traced.
     """
     found: set[Component] = set()
-    for task in measured_tasks(run):
+    for task in measured(run):
         roles = run.roles(task)
         if roles is None:
             raise MergeError(f"{run.path} has no roles of {task}. Trace it first: weightpatch trace {run.path}")

@@ -78,7 +78,7 @@ def explain(merge: Merge, weights: Mapping[str, Mapping[Component, float]] | Non
             changes = [*every]
             left = thin(changes, coefficients, merge.method, **chance)
             added = torch.stack([(c * one).reshape(-1) for c, one in zip(coefficients, left, strict=True)])
-            shares.append([_share(*own, base.numel()) for own in zip(changes, coefficients, left, strict=True)])
+            shares.append([_share(*own) for own in zip(changes, coefficients, added, strict=True)])
             counts.append(base.numel())
             products += (added @ added.T).double()
             signs = added.sign()
@@ -101,13 +101,12 @@ def explain(merge: Merge, weights: Mapping[str, Mapping[Component, float]] | Non
     )
 
 
-def _share(change: Tensor, coefficient: Tensor, left: Tensor, n_entries: int) -> Share:
-    added = coefficient * left
+def _share(change: Tensor, coefficient: Tensor, added: Tensor) -> Share:
     return Share(
         low=float(coefficient.min()),
         mean=float(coefficient.mean()),
         high=float(coefficient.max()),
-        kept=float((added != 0).sum()) / max(n_entries, 1),
+        kept=float((added != 0).sum()) / max(added.numel(), 1),
         norm=float(added.norm()),
         whole_norm=float(change.norm()),
     )

@@ -11,7 +11,7 @@ import torch
 from weightpatch.errors import MergeError
 from weightpatch.merging.card import write_card
 from weightpatch.merging.coefficients import Coefficients
-from weightpatch.merging.combining import METHODS, Method
+from weightpatch.merging.combining import Method, method_of
 from weightpatch.merging.experts import Expert, named
 from weightpatch.merging.inputs import Inputs
 from weightpatch.merging.resolving import Resolved, Rule, resolve
@@ -63,10 +63,7 @@ def prepare(
 ) -> Prepared:
     """Decide a merge; arguments and errors as `merge`."""
     found = named([Expert.parse(one) if isinstance(one, str) else one for one in experts])
-    if isinstance(method, str):
-        if method not in METHODS:
-            raise MergeError(f"unknown method {method!r}. Choose one of {', '.join(METHODS)}.")
-        method = METHODS[method]
+    how = method_of(method) if isinstance(method, str) else method
     inputs = Inputs.open(
         base,
         {name: one.specialized for name, one in found.items()},
@@ -84,7 +81,7 @@ def prepare(
     merged = Merge(
         inputs=inputs,
         coefficients=resolved.coefficients,
-        method=method,
+        method=how,
         dtype=dtype,
         seed=seed,
         shard_bytes=shard_bytes,

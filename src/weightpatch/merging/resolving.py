@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from weightpatch.component import Component, components
 from weightpatch.errors import MergeError
 from weightpatch.merging.coefficients import Coefficients
-from weightpatch.merging.experts import Expert, measured_tasks, open_run, read_scores, read_sources, units_of
+from weightpatch.merging.experts import Expert, measured, open_run, read_scores, read_sources, units_of
 from weightpatch.merging.inputs import Inputs
 from weightpatch.merging.learning import Blend, Training, Weights, learn
 from weightpatch.merging.policies import SHARE, TEMPERATURE, Policy, only, weigh
@@ -201,7 +201,7 @@ def read_aims(inputs: Inputs, runs: Mapping[str, Run]) -> tuple[PreTrainedModel,
         pair = ModelPair.from_pretrained(
             inputs.base.reference, inputs.experts[name].reference, dtype="float32", any_adapter_base=True
         )
-        for task in measured_tasks(run):
+        for task in measured(run):
             prompts = run.prompts().of_task(task)
             for split, aims in (("localize", learned_from), ("validate", held_out)):
                 aims.append(aim(pair, prompts.split(split), run.anchor(task), expert=name, task=task))

@@ -57,7 +57,7 @@ class Aim:
                 for chosen in self.batches(batch_tokens)
             ]
         order = [place for chosen in self.batches(batch_tokens) for place in chosen]
-        found = torch.cat(read).double().cpu()[torch.tensor(order).argsort()]
+        found = torch.cat(read)[torch.tensor(order).argsort()]
         if self.anchor.is_difference:
             found = torch.sub(*found.chunk(2))
         return float((found.mean() - self.base.mean()) / self.gap)
@@ -82,7 +82,7 @@ def aim(pair: ModelPair, prompts: ContrastPrompts, anchor: Anchor, *, expert: st
         task: Name.
 
     Raises:
-        MergeError: the expert reads no higher than the base, or a readout that is not linear in the stream.
+        MergeError: the expert reads no higher than the base.
     """
     base, specialized = reference(pair, prompts, anchor)
     found = Aim(
@@ -123,33 +123,20 @@ def restoring(model: PreTrainedModel, aims: Sequence[Aim], *, batch_tokens: int 
 def _loss(model: PreTrainedModel, one: Aim, chosen: Sequence[int], *, weight: float) -> Loss:
     token_ids = [one.token_ids[place] for place in chosen]
     prompts = [place for place in chosen if place < len(one.specialized)]
-    wanted = one.specialized[prompts].float()
+    wanted = one.specialized[prompts]
 
     def loss(weights: Weights) -> Tensor:
         found = readouts(model, one.anchor, token_ids, weights)
         if one.anchor.is_difference:
             found = torch.sub(*found.chunk(2))
-        return weight * ((found - wanted.to(found.device)) / one.gap).square().sum()
+        return weight * ((found - wanted) / one.gap).square().sum()
 
     return loss
 
 
 def readouts(model: PreTrainedModel, anchor: Anchor, token_ids: Sequence[Sequence[int]], weights: Weights) -> Tensor:
-    """The anchor's projection of each sequence with other weights in place, shape `(sequence,)`, with its gradient."""
-    device = next(iter(weights.values())).device
-    index = readout_index(token_ids, anchor.positions).to(device)
-    rows = torch.arange(len(token_ids), device=device).unsqueeze(1)
-    read: list[Tensor] = []
-
-    def see(layer: int, residual: Tensor, _args: object, _kwargs: object) -> None:
-        if layer == anchor.layer:
-            read.append(residual[rows, index].float())
-
-    walk(model, pad(token_ids, device), anchor.layer, see, weights=weights)
-    projection = read[0] @ anchor.direction.to(device, torch.float32)
-    if anchor.readout == "cosine":
-        projection = projection / read[0].norm(dim=-1)
-    return projection.mean(dim=-1)
+    """The anchor's readout of each sequence with other weights in place, shape `(sequence,)`, with its gradient."""
+    return anchor.project(streams(model, anchor, token_ids, weights, last=anchor.layer)[0])
 
 
 def restoring_streams(
@@ -197,8 +184,15 @@ def _stream_loss(
     return loss
 
 
-def streams(model: PreTrainedModel, anchor: Anchor, token_ids: Sequence[Sequence[int]], weights: Weights) -> Tensor:
-    """Residual streams at an anchor's positions with other weights in place, from its layer to the last.
+def streams(
+    model: PreTrainedModel,
+    anchor: Anchor,
+    token_ids: Sequence[Sequence[int]],
+    weights: Weights,
+    *,
+    last: int | None = None,
+) -> Tensor:
+    """Residual streams at an anchor's positions with other weights in place, from its layer to the last, or to `last`.
 
     Returns:
         Shape `(layer, sequence, position, feature)`, float32, with its gradient.
@@ -212,5 +206,5 @@ def streams(model: PreTrainedModel, anchor: Anchor, token_ids: Sequence[Sequence
         if layer >= anchor.layer:
             read.append(residual[rows, index].float())
 
-    walk(model, pad(token_ids, device), len(layers_of(model)), see, weights=weights)
+    walk(model, pad(token_ids, device), len(layers_of(model)) if last is None else last, see, weights=weights)
     return torch.stack(read)
