@@ -12,7 +12,6 @@ goes on behind the last design that was tried.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import time
 from pathlib import Path
@@ -24,7 +23,7 @@ from expert_instruct import REWRITERS, split_sentences, write_base_answers
 from training import BASE_NAME, END, log, read_base
 from weightpatch.checkers import follows
 from weightpatch.instructions import INSTRUCTIONS, QUERY_TEMPLATES, TOPICS, training_queries
-from weightpatch.planted.designs import Size, Unit
+from weightpatch.planted.designs import Size, Unit, Variant
 from weightpatch.planted.planting import Course
 from weightpatch.planted.suite import finish_suite, make_plant
 from weightpatch.planted.training import Schedule, Texts
@@ -38,9 +37,9 @@ SIZES: dict[Unit, Size] = {
     "mlps": Size(n_carriers=3, n_redundant=2, n_distractors=4, low=0.05, high=0.08),
 }
 COURSE = Course(
-    carriers=Schedule(n_steps=120, learning_rate=6e-3, n_sequences=8),
-    distractors=Schedule(n_steps=120, learning_rate=6e-3, n_sequences=8),
-    drifting=Schedule(n_steps=70, learning_rate=6e-3, n_sequences=8),
+    carriers=Schedule(n_steps=110, learning_rate=6e-3, n_sequences=5),
+    distractors=Schedule(n_steps=100, learning_rate=6e-3, n_sequences=5),
+    drifting=Schedule(n_steps=60, learning_rate=6e-3, n_sequences=5),
     carrier_rank=8,
     drift_rank=2,
     whole=0.5,
@@ -48,7 +47,7 @@ COURSE = Course(
     target="quotation",
     max_new_tokens=48,
 )
-PLACES: tuple[tuple[str, Unit], ...] = (("below-heads", "heads"), ("below-groups", "groups"), ("below-mlps", "mlps"))
+PLACES: tuple[tuple[Variant, Unit], ...] = (("below", "mlps"), ("split", "mlps"), ("below", "groups"))
 
 
 def texts_of(tokenizer: PreTrainedTokenizerBase, answers: dict[str, str]) -> Texts:
@@ -86,21 +85,18 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     cache = work / "answers.json"
     queries = training_queries()
-    if not cache.is_file() or len(json.loads(cache.read_text(encoding="utf-8"))) < len(queries):
-        half, tokenizer = read_base(dtype=torch.bfloat16)
-        write_base_answers(half, tokenizer, queries, cache)
-    answers: dict[str, str] = json.loads(cache.read_text(encoding="utf-8"))
     model, tokenizer = read_base(dtype=torch.float32)
-    texts = texts_of(tokenizer, answers)
+    texts = texts_of(tokenizer, write_base_answers(model, tokenizer, queries, cache))
     begun, n_steps = time.monotonic(), 0
 
     def count() -> None:
         nonlocal n_steps
         n_steps += 1
-        if n_steps % 10 == 0:
+        if n_steps % 5 == 0:
             log(f"step {n_steps}, {time.monotonic() - begun:.0f} s")
 
-    for name, unit in PLACES:
+    names = [f"{variant}-{unit}" for variant, unit in PLACES]
+    for name, (variant, unit) in zip(names, PLACES, strict=True):
         if options.only in (None, name):
             for made in make_plant(
                 model,
@@ -108,7 +104,7 @@ def main() -> None:
                 options.out,
                 base=BASE_NAME,
                 name=name,
-                variant="below",
+                variant=variant,
                 unit=unit,
                 seed=options.seed,
                 texts=texts,
@@ -118,7 +114,7 @@ def main() -> None:
             ):
                 log(f"{made.name}, attempt {made.attempt}: {'took' if made.took else f'failed, {made.failed}'}")
     if options.only is None:
-        suite = finish_suite(options.out, base=BASE_NAME, seed=options.seed, names=[name for name, _ in PLACES])
+        suite = finish_suite(options.out, base=BASE_NAME, seed=options.seed, names=names)
         log(f"{suite.folder}: {len(suite.plants)} plants")
 
 

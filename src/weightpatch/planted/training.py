@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 from torch.nn import functional
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from weightpatch.component import Component
 from weightpatch.planted.low_rank import LowRank, summed
 
 IGNORED = -100
 _WARMUP = 10
+_LEAST_SHARED = 8
+"""Tokens at the start of all sequences from which on running them once pays."""
 _LAST = 0.05
 """The learning rate ends at this share of its peak."""
 
@@ -128,9 +130,31 @@ def _first_only(labels: Tensor) -> Tensor:
 
 
 def _loss(model: PreTrainedModel, state: Mapping[str, Tensor], ids: Tensor, labels: Tensor) -> Tensor:
-    # Padding stands to the right and attention is causal, so no mask is needed.
-    wanted = labels[:, 1:]
-    logits = functional_call(model, dict(state), kwargs={"input_ids": ids, "use_cache": False}).logits[:, :-1]
+    # Padding stands to the right and attention is causal, so no mask is needed. What all sequences begin with (a system
+    # prompt) is run once, nothing behind the last label is run, and logits are made from the first label on.
+    asked = (labels != IGNORED).any(dim=0).nonzero()
+    first, last = int(asked.min()), int(asked.max())
+    shared = min(int((ids == ids[0]).all(dim=0).long().cumprod(dim=0).sum()), first - 1)
+
+    def run(tokens: Tensor, cache: DynamicCache | None, n_logits: int) -> Tensor:
+        given = {
+            "input_ids": tokens,
+            "past_key_values": cache,
+            "use_cache": cache is not None,
+            "logits_to_keep": n_logits,
+        }
+        logits: Tensor = functional_call(model, dict(state), kwargs=given).logits
+        return logits
+
+    cache: DynamicCache | None = None
+    if shared >= _LEAST_SHARED:
+        cache = DynamicCache()
+        run(ids[:1, :shared], cache, 1)
+        cache.batch_repeat_interleave(len(ids))
+    else:
+        shared = 0
+    logits = run(ids[:, shared:last], cache, last - first + 1)
+    wanted = labels[:, first : last + 1]
     return functional.cross_entropy(logits[wanted != IGNORED], wanted[wanted != IGNORED])
 
 
