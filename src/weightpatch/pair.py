@@ -210,8 +210,34 @@ class CheckedPair:
     tokenizer: PreTrainedTokenizerBase | None
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Known:
+    """What can be known of a checkpoint without its weights; each thing is read once, when it is first asked for.
+
+    Attributes:
+        checkpoint: The checkpoint.
+    """
+
+    checkpoint: Checkpoint
+
+    @cached_property
+    def config(self) -> PreTrainedConfig:
+        """Its configuration; of an adapter, there is none."""
+        return read_config(self.checkpoint)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """Its tokenizer, if it brings one."""
+        return read_tokenizer(self.checkpoint)
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Parameter -> shape of the model that its configuration describes."""
+        return _shapes(skeleton(self.config))
+
+
 def check_pair(
-    base: str | Path,
+    base: str | Path | Known,
     specialized: str | Path,
     *,
     revision: str | None = None,
@@ -223,38 +249,44 @@ def check_pair(
 ) -> CheckedPair:
     """Everything that can be checked about a pair without reading a weight. Arguments as in `from_pretrained`.
 
+    Who checks several against one base gives what is known of it, so that it is read once.
+
     Raises:
         PairError: every difference, one sentence each.
         CheckpointError: a checkpoint that is missing, truncated or pickled.
     """
-    left, right = find(base, revision=revision), find(specialized, revision=specialized_revision)
+    known = base if isinstance(base, Known) else Known(checkpoint=find(base, revision=revision))
+    left, right = known.checkpoint, find(specialized, revision=specialized_revision)
     if left.kind == "adapter":
-        raise CheckpointError(f"{base} is a PEFT adapter. Give the full model as the base, the adapter as specialized.")
+        raise CheckpointError(
+            f"{left.reference} is a PEFT adapter. Give the full model as the base, the adapter as specialized."
+        )
     for checkpoint in (left, right):
         weight_files(checkpoint, allow_pickle=allow_pickle)
-    config = read_config(left)
+    config = known.config
     if architecture == "auto":
         adopt_row(config)
     family_of(config)
     if right.kind == "adapter":
         names = {left.reference, str(left.path), str(getattr(config, "_name_or_path", ""))}
         differences = [] if any_adapter_base else _adapter_base_differences(right, names)
-        differences += _adapter_shape_differences(right, config, allow_pickle=allow_pickle)
+        differences += _adapter_shape_differences(right, known, allow_pickle=allow_pickle)
     else:
-        other = read_config(right)
-        differences = _config_differences(config, other)
-        differences += _shape_differences(_shapes(skeleton(config)), _shapes(skeleton(other)))
+        other = Known(checkpoint=right)
+        differences = _config_differences(config, other.config)
+        if config.to_json_string() != other.config.to_json_string():  # the same one describes the same shapes
+            differences += _shape_differences(known.shapes, other.shapes)
         if left.kind == right.kind:
             stored = shapes(left, allow_pickle=allow_pickle), shapes(right, allow_pickle=allow_pickle)
             common = stored[0].keys() & stored[1].keys()
             in_both = [{name: side[name] for name in side if name in common} for side in stored]
             differences += [line for line in _shape_differences(*in_both) if line not in differences]
-    ours = read_tokenizer(left)
+    ours = known.tokenizer
     theirs = ours if same_tokenizer_files(left, right) else read_tokenizer(right)
     if theirs is not ours:
         differences += _tokenizer_differences(ours, theirs, prompts)
     if differences:
-        raise _no_pair(str(base), str(specialized), differences)
+        raise _no_pair(left.reference, str(specialized), differences)
     tokenizer = theirs if theirs is not None and (theirs.chat_template or ours is None) else ours
     return CheckedPair(base=left, specialized=right, tokenizer=tokenizer)
 
@@ -335,10 +367,10 @@ def _adapter_base_differences(adapter: Checkpoint, known_as: set[str]) -> list[s
     ]
 
 
-def _adapter_shape_differences(adapter: Checkpoint, config: PreTrainedConfig, *, allow_pickle: bool) -> list[str]:
+def _adapter_shape_differences(adapter: Checkpoint, base: Known, *, allow_pickle: bool) -> list[str]:
     differences = []
-    expected = _shapes(skeleton(config))
-    inputs = 0 if family_of(config).transposed else 1
+    expected = base.shapes
+    inputs = 0 if family_of(base.config).transposed else 1
     for name, shape in shapes(adapter, allow_pickle=allow_pickle).items():
         factor = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])(?:\.\w+)?\.weight", name)
         if factor is None:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from weightpatch.architecture import Architecture, skeleton
-from weightpatch.checkpoint import Checkpoint, find, read_config
+from weightpatch.checkpoint import Checkpoint, find
 from weightpatch.errors import MergeError
-from weightpatch.pair import check_pair
+from weightpatch.pair import Known, check_pair
 from weightpatch.sources import Source, open_source
 
 
@@ -58,15 +58,16 @@ class Inputs:
         """
         if not experts:
             raise MergeError("a merge needs at least one expert.")
+        below = find(base)
+        known = Known(checkpoint=below)
         found = {
-            name: check_pair(base, one, allow_pickle=allow_pickle, any_adapter_base=any_adapter_base).specialized
+            name: check_pair(known, one, allow_pickle=allow_pickle, any_adapter_base=any_adapter_base).specialized
             for name, one in experts.items()
         }
-        below = find(base)
         return cls(
             base=below,
             experts=found,
-            architecture=Architecture.of(skeleton(read_config(below))),
+            architecture=Architecture.of(skeleton(known.config)),
             ours=_open(below, below, allow_pickle=allow_pickle),
             theirs={name: _open(one, below, allow_pickle=allow_pickle) for name, one in found.items()},
         )

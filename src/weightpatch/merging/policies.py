@@ -6,8 +6,6 @@ import math
 from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Literal, get_args
 
-from scipy.stats import rankdata
-
 from weightpatch.component import Component
 from weightpatch.errors import MergeError
 
@@ -82,6 +80,8 @@ def normalized_ranks(scores: Mapping[Component, float]) -> dict[Component, float
     Raises:
         MergeError: a score that is no number.
     """
+    from scipy.stats import rankdata  # takes half a second, and task arithmetic has no ranks
+
     if odd := [str(one) for one, score in scores.items() if not math.isfinite(score)]:
         raise MergeError(f"{len(odd)} scores are no numbers, the first that of {odd[0]}. Measure them again.")
     found: dict[Component, float] = {}

@@ -5,8 +5,9 @@ A few dozen prompts of each expert, no labels, no generation.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -101,6 +102,32 @@ def aim(pair: ModelPair, prompts: ContrastPrompts, anchor: Anchor, *, expert: st
     return found
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Spot:
+    """Where residual streams are read in some sequences.
+
+    Attributes:
+        token_ids: The sequences, unpadded.
+        positions: Of each sequence; negative ones count from its end.
+        first: The first layer whose entering stream is read.
+        last: The last one; `n_layers`: what leaves the model's last layer.
+    """
+
+    token_ids: tuple[tuple[int, ...], ...]
+    positions: Sequence[int]
+    first: int
+    last: int
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return max(map(len, self.token_ids))
+
+
+Part = tuple[Spot, Callable[[Tensor], Tensor]]
+"""Where to read, and a loss on what is read there, shape `(layer, sequence, position, feature)`."""
+
+
 def restoring(model: PreTrainedModel, aims: Sequence[Aim], *, batch_tokens: int = BATCH_TOKENS) -> list[Loss]:
     """Losses that are 0 together where every readout is the expert's: squared distances, in gaps.
 
@@ -113,30 +140,34 @@ def restoring(model: PreTrainedModel, aims: Sequence[Aim], *, batch_tokens: int 
     """
     experts = [one.expert for one in aims]
     n_experts = len(set(experts))
-    return [
-        _loss(model, one, chosen, weight=1 / (n_experts * experts.count(one.expert) * len(one.base)))
+    parts = [
+        _readout_part(one, chosen, weight=1 / (n_experts * experts.count(one.expert) * len(one.base)))
         for one in aims
         for chosen in one.batches(batch_tokens)
     ]
+    return together(model, parts, batch_tokens=batch_tokens)
 
 
-def _loss(model: PreTrainedModel, one: Aim, chosen: Sequence[int], *, weight: float) -> Loss:
-    token_ids = [one.token_ids[place] for place in chosen]
-    prompts = [place for place in chosen if place < len(one.specialized)]
-    wanted = one.specialized[prompts]
+def _readout_part(one: Aim, chosen: Sequence[int], *, weight: float) -> Part:
+    wanted = one.specialized[[place for place in chosen if place < len(one.specialized)]]
 
-    def loss(weights: Weights) -> Tensor:
-        found = readouts(model, one.anchor, token_ids, weights)
+    def loss(read: Tensor) -> Tensor:
+        found = one.anchor.project(read[0])
         if one.anchor.is_difference:
             found = torch.sub(*found.chunk(2))
         return weight * ((found - wanted) / one.gap).square().sum()
 
-    return loss
+    return _anchored(one.anchor, [one.token_ids[place] for place in chosen]), loss
 
 
-def readouts(model: PreTrainedModel, anchor: Anchor, token_ids: Sequence[Sequence[int]], weights: Weights) -> Tensor:
+def readouts(model: PreTrainedModel, anchor: Anchor, token_ids: Sequence[tuple[int, ...]], weights: Weights) -> Tensor:
     """The anchor's readout of each sequence with other weights in place, shape `(sequence,)`, with its gradient."""
-    return anchor.project(streams(model, anchor, token_ids, weights, last=anchor.layer)[0])
+    (found,) = streams(model, [_anchored(anchor, token_ids)], weights)
+    return anchor.project(found[0])
+
+
+def _anchored(anchor: Anchor, token_ids: Sequence[tuple[int, ...]]) -> Spot:
+    return Spot(token_ids=tuple(token_ids), positions=anchor.positions, first=anchor.layer, last=anchor.layer)
 
 
 def restoring_streams(
@@ -154,57 +185,74 @@ def restoring_streams(
         batch_tokens: Most tokens of one forward pass.
     """
     names = [one.expert for one in aims]
-    found: list[Loss] = []
+    n_layers = len(layers_of(model))
+    parts: list[Part] = []
     for one in aims:
         weight = 1 / (len(set(names)) * names.count(one.expert) * len(one.token_ids))
         for chosen in batches(one.token_ids, batch_tokens):
-            token_ids = [one.token_ids[place] for place in chosen]
+            spot = Spot(
+                token_ids=tuple(one.token_ids[place] for place in chosen),
+                positions=one.anchor.positions,
+                first=one.anchor.layer,
+                last=n_layers,
+            )
             with evaluating(model):
-                base = streams(model, one.anchor, token_ids, {})
-                wanted = streams(model, one.anchor, token_ids, experts[one.expert])
-            found.append(_stream_loss(model, one.anchor, token_ids, wanted, base, weight=weight))
-    return found
+                (base,) = streams(model, [spot], {})
+                (wanted,) = streams(model, [spot], experts[one.expert])
+            parts.append((spot, _distance(wanted, base, weight=weight)))
+    return together(model, parts, batch_tokens=batch_tokens)
 
 
-def _stream_loss(
-    model: PreTrainedModel,
-    anchor: Anchor,
-    token_ids: Sequence[Sequence[int]],
-    wanted: Tensor,
-    base: Tensor,
-    *,
-    weight: float,
-) -> Loss:
+def _distance(wanted: Tensor, base: Tensor, *, weight: float) -> Callable[[Tensor], Tensor]:
     scale = (wanted - base).square().sum(dim=-1).mean(dim=(1, 2)).clamp_min(_LEAST)
 
-    def loss(weights: Weights) -> Tensor:
-        distance = (streams(model, anchor, token_ids, weights) - wanted).square().sum(dim=-1).mean(dim=2).sum(dim=1)
+    def loss(read: Tensor) -> Tensor:
+        distance = (read - wanted).square().sum(dim=-1).mean(dim=2).sum(dim=1)
         return weight * (distance / scale).mean()
 
     return loss
 
 
-def streams(
-    model: PreTrainedModel,
-    anchor: Anchor,
-    token_ids: Sequence[Sequence[int]],
-    weights: Weights,
-    *,
-    last: int | None = None,
-) -> Tensor:
-    """Residual streams at an anchor's positions with other weights in place, from its layer to the last, or to `last`.
+def together(model: PreTrainedModel, parts: Sequence[Part], *, batch_tokens: int) -> list[Loss]:
+    """One loss, and so one forward pass, for as many parts as fit into it; their sum stays what it was."""
+    dealt: list[list[Part]] = []
+    for part in sorted(parts, key=lambda part: part[0].longest):
+        rows = sum(len(spot.token_ids) for spot, _ in dealt[-1]) if dealt else 0
+        if dealt and (rows + len(part[0].token_ids)) * part[0].longest <= batch_tokens:
+            dealt[-1].append(part)
+        else:
+            dealt.append([part])
+
+    def of(group: Sequence[Part]) -> Loss:
+        def loss(weights: Weights) -> Tensor:
+            found = streams(model, [spot for spot, _ in group], weights)
+            return torch.stack([own(read) for (_, own), read in zip(group, found, strict=True)]).sum()
+
+        return loss
+
+    return [of(group) for group in dealt]
+
+
+def streams(model: PreTrainedModel, spots: Sequence[Spot], weights: Weights) -> list[Tensor]:
+    """Residual streams with other weights in place, all spots in one forward pass.
 
     Returns:
-        Shape `(layer, sequence, position, feature)`, float32, with its gradient.
+        For each spot, shape `(layer, sequence, position, feature)`, float32, with its gradient.
     """
     device = embedding_weight(model).device
-    index = readout_index(token_ids, anchor.positions).to(device)
-    rows = torch.arange(len(token_ids), device=device).unsqueeze(1)
-    read: list[Tensor] = []
+    token_ids = [ids for spot in spots for ids in spot.token_ids]
+    ends = list(accumulate(len(spot.token_ids) for spot in spots))
+    rows = [
+        torch.arange(end - len(spot.token_ids), end, device=device)[:, None]
+        for end, spot in zip(ends, spots, strict=True)
+    ]
+    index = [readout_index(spot.token_ids, spot.positions).to(device) for spot in spots]
+    read: list[list[Tensor]] = [[] for _ in spots]
 
     def see(layer: int, residual: Tensor, _args: object, _kwargs: object) -> None:
-        if layer >= anchor.layer:
-            read.append(residual[rows, index].float())
+        for place, spot in enumerate(spots):
+            if spot.first <= layer <= spot.last:
+                read[place].append(residual[rows[place], index[place]].float())
 
-    walk(model, pad(token_ids, device), len(layers_of(model)) if last is None else last, see, weights=weights)
-    return torch.stack(read)
+    walk(model, pad(token_ids, device), max(spot.last for spot in spots), see, weights=weights)
+    return [torch.stack(own) for own in read]
