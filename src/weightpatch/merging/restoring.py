@@ -188,27 +188,30 @@ def restoring_streams(
     n_layers = len(layers_of(model))
     parts: list[Part] = []
     for one in aims:
-        weight = 1 / (len(set(names)) * names.count(one.expert) * len(one.token_ids))
-        for chosen in batches(one.token_ids, batch_tokens):
-            spot = Spot(
+        spots = [
+            Spot(
                 token_ids=tuple(one.token_ids[place] for place in chosen),
                 positions=one.anchor.positions,
                 first=one.anchor.layer,
                 last=n_layers,
             )
-            with evaluating(model):
-                (base,) = streams(model, [spot], {})
-                (wanted,) = streams(model, [spot], experts[one.expert])
-            parts.append((spot, _distance(wanted, base, weight=weight)))
+            for chosen in batches(one.token_ids, batch_tokens)
+        ]
+        with evaluating(model):
+            wanted = [streams(model, [spot], experts[one.expert])[0] for spot in spots]
+            gaps = [read - streams(model, [spot], {})[0] for spot, read in zip(spots, wanted, strict=True)]
+        scale = torch.cat(gaps, dim=1).square().sum(dim=-1).mean(dim=(1, 2)).clamp_min(_LEAST)
+        weight = 1 / (len(set(names)) * names.count(one.expert) * len(one.token_ids))
+        parts += [(spot, _distance(read, weight / scale)) for spot, read in zip(spots, wanted, strict=True)]
     return together(model, parts, batch_tokens=batch_tokens)
 
 
-def _distance(wanted: Tensor, base: Tensor, *, weight: float) -> Callable[[Tensor], Tensor]:
-    scale = (wanted - base).square().sum(dim=-1).mean(dim=(1, 2)).clamp_min(_LEAST)
+def _distance(wanted: Tensor, weights: Tensor) -> Callable[[Tensor], Tensor]:
+    """Weighted squared distances, summed over sequences; weights of shape `(layer,)`."""
 
     def loss(read: Tensor) -> Tensor:
         distance = (read - wanted).square().sum(dim=-1).mean(dim=2).sum(dim=1)
-        return weight * (distance / scale).mean()
+        return (weights * distance).mean()
 
     return loss
 

@@ -1,0 +1,114 @@
+"""What merged models are to restore is the formula of docs/merging.md, however the prompts are dealt out to passes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from conftest import build_model
+from weightpatch import Anchor
+from weightpatch.merging.restoring import Aim, restoring, restoring_streams
+
+DRAW = torch.Generator().manual_seed(5)
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[str, PreTrainedModel]:
+    """Base, two experts, and a merge of them."""
+    return {name: build_model("llama-gqa", seed=seed) for seed, name in enumerate(("base", "one", "two", "merge"))}
+
+
+def weights_of(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def make_aim(expert: str, task: str, anchor: Anchor, lengths: tuple[int, ...]) -> Aim:
+    n = len(lengths) // 2 if anchor.is_difference else len(lengths)
+    return Aim(
+        expert=expert,
+        task=task,
+        anchor=anchor,
+        token_ids=tuple(tuple(torch.randint(0, 61, (length,), generator=DRAW).tolist()) for length in lengths),
+        base=torch.zeros(n, dtype=torch.float64),
+        specialized=torch.rand(n, generator=DRAW, dtype=torch.float64) + 1,
+    )
+
+
+@pytest.fixture(scope="module")
+def aims() -> list[Aim]:
+    """Three tasks of two experts: other layers, positions, readouts, and prompts of other lengths."""
+    direction = torch.randn(24, generator=DRAW)
+    return [
+        make_aim("one", "a", Anchor(layer=1, direction=direction), (4, 9, 6)),
+        make_aim("one", "b", Anchor(layer=2, direction=direction, positions=(-1, -3)), (5, 7)),
+        make_aim("two", "c", Anchor(layer=3, direction=direction, readout="contrast"), (6, 8, 4, 5)),
+    ]
+
+
+def stream(model: PreTrainedModel, ids: tuple[int, ...], layer: int, position: int) -> torch.Tensor:
+    """By transformers itself; behind its last layer the norm is undone by a hook that reads before it."""
+    seen: list[torch.Tensor] = []
+    hook = model.model.norm.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
+    with hook, torch.no_grad():
+        hidden = model(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states
+    return (seen[0] if layer == model.config.num_hidden_layers else hidden[layer])[0, position]
+
+
+def share(one: Aim) -> float:
+    """What each prompt of a task counts: experts alike, their tasks alike, their prompts alike."""
+    return {"a": 1 / 2 / 2 / 3, "b": 1 / 2 / 2 / 2, "c": 1 / 2 / 2}[one.task]
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 20, 4096])
+def test_anchors_are_restored_by_their_squared_distances_in_gaps(
+    models: dict[str, PreTrainedModel], aims: list[Aim], batch_tokens: int
+) -> None:
+    wanted = 0.0
+    for one in aims:
+        read = torch.stack(
+            [
+                torch.stack(
+                    [
+                        stream(models["merge"], ids, one.anchor.layer, position).double() @ one.anchor.direction
+                        for position in one.anchor.positions
+                    ]
+                ).mean()
+                for ids in one.token_ids
+            ]
+        )
+        read = read[:2] - read[2:] if one.anchor.is_difference else read
+        gap = (one.specialized - one.base).mean()
+        wanted += share(one) * float(((read - one.specialized) / gap).square().sum())
+    losses = restoring(models["base"], aims, batch_tokens=batch_tokens)
+    found = sum(float(loss(weights_of(models["merge"]))) for loss in losses)
+    assert found == pytest.approx(wanted, rel=1e-4)
+    assert (len(losses) == 1) == (batch_tokens == 4096)
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 20, 4096])
+def test_streams_are_restored_by_their_squared_distances_in_that_of_base_and_expert(
+    models: dict[str, PreTrainedModel], aims: list[Aim], batch_tokens: int
+) -> None:
+    plain = aims[:2]
+    experts = {name: weights_of(models[name]) for name in ("one", "two")}
+    wanted = 0.0
+    for one in plain:
+        layers = range(one.anchor.layer, 4)
+        for layer in layers:
+            places = [(ids, position) for ids in one.token_ids for position in one.anchor.positions]
+            merged, theirs, ours = (
+                torch.stack([stream(models[name], ids, layer, position) for ids, position in places])
+                for name in ("merge", one.expert, "base")
+            )
+            ratio = (merged - theirs).square().sum() / (theirs - ours).square().sum()
+            wanted += float(ratio) / len(layers) / len(plain)
+    losses = restoring_streams(models["base"], plain, experts, batch_tokens=batch_tokens)
+    assert (len(losses) == 1) == (batch_tokens == 4096)
+    assert sum(float(loss(weights_of(models["merge"]))) for loss in losses) == pytest.approx(wanted, rel=1e-4)
+
+
+def test_nothing_is_left_to_restore_in_the_expert_itself(models: dict[str, PreTrainedModel], aims: list[Aim]) -> None:
+    own = [one for one in aims if one.expert == "one"]
+    (loss,) = restoring_streams(models["base"], own, {"one": weights_of(models["one"])})
+    assert float(loss(weights_of(models["one"]))) < 1e-9 < float(loss(weights_of(models["base"])))
