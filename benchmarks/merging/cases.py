@@ -39,7 +39,8 @@ class Case:
 
     Attributes:
         name: Of the case.
-        folder: Where its experts, runs and results lie.
+        folder: Where its results lie.
+        shared: Where prompts and runs of its experts lie, which other cases may have too.
         base: Reference of the base.
         experts: Name -> reference.
         problems: Split (`validation` or `test`) -> expert -> its problems.
@@ -48,10 +49,12 @@ class Case:
         tokenizer: Its tokenizer.
         inputs: Base and experts.
         units: What is scored.
+        batch_size: Problems that are answered side by side.
     """
 
     name: str
     folder: Path
+    shared: Path
     base: str
     experts: Mapping[str, str]
     problems: Mapping[str, Mapping[str, Sequence[Problem]]]
@@ -60,6 +63,7 @@ class Case:
     tokenizer: PreTrainedTokenizerBase
     inputs: Inputs
     units: str = "heads,kvs,mlps"
+    batch_size: int = 160
     _cache: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -85,8 +89,8 @@ class Case:
         return {expert: self._run(expert) for expert in self.experts}
 
     def _run(self, expert: str) -> Run:
-        out = self.folder / f"{expert}-run"
-        prompts = self.folder / f"{expert}-prompts.jsonl"
+        out = self.shared / f"{expert}-run"
+        prompts = self.shared / f"{expert}-prompts.jsonl"
         config = RunConfig(
             base=self.base, specialized=self.experts[expert], prompts=str(prompts), units=self.units, gates="readout"
         )
@@ -101,8 +105,7 @@ class Case:
         """Every expert's problems answered greedily by a merged model, and its loss on the plain answers."""
         self._put(weights)
         try:
-            passed = {expert: self._answers(problems) for expert, problems in self.problems[split].items()}
-            return {"passed": passed, "plain_loss": self.plain_loss()}
+            return {"passed": self._answers(self.problems[split]), "plain_loss": self.plain_loss()}
         finally:
             self._put(self.weights)
 
@@ -111,11 +114,16 @@ class Case:
         for name, weight in weights.items():
             self.model.get_parameter(name).copy_(weight)
 
-    def _answers(self, problems: Sequence[Problem]) -> list[int]:
-        prompts = [tokenize(self.tokenizer, problem.prompt) for problem in problems]
-        most = max(problem.max_new_tokens for problem in problems)
-        found = generate(self.model, self.tokenizer, prompts, max_new_tokens=most, batch_size=96)
-        return [int(problem.passes(one.text)) for problem, one in zip(problems, found, strict=True)]
+    def _answers(self, problems: Mapping[str, Sequence[Problem]]) -> dict[str, list[int]]:
+        """Experts whose answers may have the same length are answered side by side."""
+        passed: dict[str, list[int]] = {}
+        for most in dict.fromkeys(problem.max_new_tokens for every in problems.values() for problem in every):
+            asked = [(name, one) for name, every in problems.items() for one in every if one.max_new_tokens == most]
+            prompts = [tokenize(self.tokenizer, problem.prompt) for _, problem in asked]
+            found = generate(self.model, self.tokenizer, prompts, max_new_tokens=most, batch_size=self.batch_size)
+            for (name, problem), one in zip(asked, found, strict=True):
+                passed.setdefault(name, []).append(int(problem.passes(one.text)))
+        return {name: passed[name] for name in problems}
 
     def plain_loss(self) -> float:
         """Mean negative log-likelihood of the tokens of the plain answers, in nats."""

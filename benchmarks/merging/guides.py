@@ -22,7 +22,7 @@ from weightpatch.merging.learning import Blend, Loss, Training, learn
 from weightpatch.merging.resolving import read_aims
 from weightpatch.merging.restoring import Aim, restoring, restoring_streams
 from weightpatch.pair import ModelPair
-from weightpatch.residuals import batches, pad
+from weightpatch.residuals import BATCH_TOKENS, batches, pad
 
 UNIFORM = ", uniform of the same means"
 
@@ -75,7 +75,7 @@ def _sizes(case: Case, expert: str, scores: Mapping[Component, float]) -> dict[C
 
 
 def _activation(case: Case, expert: str, scores: Mapping[Component, float]) -> dict[Component, float]:
-    file = case.folder / f"{expert}-activation.json"
+    file = case.shared / f"{expert}-activation.json"
     if not file.is_file():
         run = case.runs()[expert]
         pair = ModelPair.from_pretrained(case.base, case.experts[expert], any_adapter_base=True)
@@ -95,16 +95,24 @@ def learned(name: str) -> Callable[[Case, dict[str, Any]], Weights]:
     """Coefficients that are learned, by what they are learned from."""
 
     def build(case: Case, config: dict[str, Any]) -> Weights:
+        table = _learned(case, name.removesuffix(UNIFORM), config)
+        if name.endswith(UNIFORM):
+            table = torch.cat([table[:, :-1].mean(dim=1, keepdim=True).expand_as(table[:, :-1]), table[:, -1:]], dim=1)
+        return _blend(case, config["units"]).weights(table)
+
+    return build
+
+
+def _learned(case: Case, name: str, config: dict[str, Any]) -> Tensor:
+    """A table of coefficients; learned once, for the control of the same means too."""
+    key = f"table {name} {json.dumps(config, sort_keys=True)}"
+    if key not in case._cache:
         blend = _blend(case, config["units"])
         start = torch.full((len(case.experts), len(blend.components) + 1), float(config["start"]))
         training = Training(n_steps=config["n_steps"], penalty=config["penalty"])
-        if name.endswith(UNIFORM):
-            table = learn(blend, _losses(case, name.removesuffix(UNIFORM)), start, training)
-            means = table[:, :-1].mean(dim=1, keepdim=True)
-            return blend.weights(means.expand_as(table).contiguous())
-        return blend.weights(learn(blend, _losses(case, name), start, training))
-
-    return build
+        case._cache[key] = learn(blend, _losses(case, name), start, training)
+    found: Tensor = case._cache[key]
+    return found
 
 
 def _blend(case: Case, units: str) -> Blend:
@@ -134,7 +142,7 @@ def _new_losses(case: Case, name: str) -> list[Loss]:
             for expert, own in case.changes().items()
         }
         return restoring_streams(case.model, aims, theirs)
-    return [loss for one in aims for loss in _through_outputs(case, one, name)]
+    return _through_outputs(case, aims, name)
 
 
 def _aims(case: Case) -> list[Aim]:
@@ -159,25 +167,40 @@ def _turned(case: Case, one: Aim, seed: int) -> Aim:
     return replace(one, anchor=anchor, base=specialized - spread, specialized=specialized)
 
 
-def _through_outputs(case: Case, one: Aim, name: str) -> list[Loss]:
-    """Losses on the next token's distribution at the readout positions of the same prompts."""
-    experts = [aim.expert for aim in _aims(case)]
-    share = 1 / (len(set(experts)) * experts.count(one.expert) * len(one.token_ids))
-    theirs = {key: case.weights[key] + change for key, change in case.changes()[one.expert].items()}
-    found: list[Loss] = []
-    for chosen in batches(one.token_ids, 2048):
-        token_ids = [one.token_ids[place] for place in chosen]
-        tokens = pad(token_ids, case.model.device)
-        rows = torch.arange(len(chosen))
-        last = torch.tensor([len(ids) - 1 for ids in token_ids])
+def _through_outputs(case: Case, aims: list[Aim], name: str) -> list[Loss]:
+    """Losses on the next token's distribution behind every prompt of all aims."""
+    experts = [aim.expert for aim in aims]
+    shares = [1 / (len(set(experts)) * experts.count(one.expert) * len(one.token_ids)) for one in aims]
+    asked = [(place, ids) for place, one in enumerate(aims) for ids in one.token_ids]
+    wanted: dict[tuple[int, ...], Tensor] = {}
+    for expert in dict.fromkeys(experts):
+        theirs = {key: case.weights[key] + change for key, change in case.changes()[expert].items()}
+        own = [ids for place, ids in asked if aims[place].expert == expert]
         with torch.no_grad():
-            wanted = logits_with(case.model, theirs, tokens)[rows, last].log_softmax(dim=-1)
+            wanted |= dict(zip(own, _last_logits(case, theirs, own), strict=True))
+    found: list[Loss] = []
+    for chosen in batches([ids for _, ids in asked], BATCH_TOKENS):
+        token_ids = [asked[row][1] for row in chosen]
+        share = torch.tensor([shares[asked[row][0]] for row in chosen])
+        target = torch.stack([wanted[ids] for ids in token_ids])
 
-        def loss(weights: Weights, tokens: Tensor = tokens, last: Tensor = last, wanted: Tensor = wanted) -> Tensor:
-            logits = logits_with(case.model, weights, tokens)[torch.arange(len(last)), last].log_softmax(dim=-1)
+        def loss(
+            weights: Weights,
+            token_ids: list[tuple[int, ...]] = token_ids,
+            share: Tensor = share,
+            target: Tensor = target,
+        ) -> Tensor:
+            logits = _last_logits(case, weights, token_ids)
             if name == "entropy":
-                return share * -(logits.exp() * logits).sum()
-            return share * functional.kl_div(logits, wanted, log_target=True, reduction="sum")
+                return -(share * (logits.exp() * logits).sum(dim=-1)).sum()
+            return (share * functional.kl_div(logits, target, log_target=True, reduction="none").sum(dim=-1)).sum()
 
         found.append(loss)
     return found
+
+
+def _last_logits(case: Case, weights: Weights, token_ids: list[tuple[int, ...]]) -> Tensor:
+    """Log-probabilities of what follows each sequence, shape `(sequence, token)`."""
+    last = torch.tensor([len(ids) - 1 for ids in token_ids])
+    logits = logits_with(case.model, weights, pad(token_ids, case.model.device))
+    return logits[torch.arange(len(last)), last].log_softmax(dim=-1)

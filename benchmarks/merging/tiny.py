@@ -52,6 +52,7 @@ def open_case(folder: Path, seed: int) -> Case:
     return Case(
         name=f"seed {seed}",
         folder=folder,
+        shared=folder,
         base=base,
         experts=experts,
         problems=problems,
