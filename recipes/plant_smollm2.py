@@ -3,7 +3,7 @@
     python recipes/plant_smollm2.py [--out plants/smollm2] [--work DIR] [--seed 0] [--threads 2]
 
 The same planting as the suite `tiny` (docs/planted.md), in a real language model: carriers learn to put an answer in
-quotation marks, distractors learn to write it in capital letters, everything else drifts on plain answers. All
+quotation marks, distractors learn to put a title over it, everything else drifts on plain answers. All
 answers are the base's own, cut to one sentence. **Not finished: no plant has taken yet** (LOG.md, 2026-11-23 and 24;
 these settings were begun and not ended). A design takes 25 to 35 minutes on one core. Interrupted, the same command
 goes on behind the last design that was tried.
@@ -29,17 +29,17 @@ from weightpatch.planted.suite import finish_suite, make_plant
 from weightpatch.planted.training import Schedule, Texts
 from weightpatch.prompts import tokenize
 
-TASKS = ("quotation", "capitals")
+TASKS = ("quotation", "title")
 MAX_ANSWER_TOKENS = 26
 SIZES: dict[Unit, Size] = {
     "heads": Size(n_carriers=24, n_redundant=12, n_distractors=32, low=0.08, high=0.12),
-    "groups": Size(n_carriers=40, n_redundant=20, n_distractors=60, low=0.08, high=0.12),
-    "mlps": Size(n_carriers=3, n_redundant=2, n_distractors=4, low=0.05, high=0.08),
+    "groups": Size(n_carriers=40, n_redundant=20, n_distractors=40, low=0.08, high=0.12),
+    "mlps": Size(n_carriers=3, n_redundant=2, n_distractors=3, low=0.04, high=0.06),
 }
 COURSE = Course(
-    carriers=Schedule(n_steps=110, learning_rate=6e-3, n_sequences=5),
-    distractors=Schedule(n_steps=100, learning_rate=6e-3, n_sequences=5),
-    drifting=Schedule(n_steps=60, learning_rate=6e-3, n_sequences=5),
+    carriers=Schedule(n_steps=90, learning_rate=6e-3, n_sequences=5),
+    distractors=Schedule(n_steps=70, learning_rate=6e-3, n_sequences=5),
+    drifting=Schedule(n_steps=50, learning_rate=6e-3, n_sequences=5),
     carrier_rank=8,
     drift_rank=2,
     whole=0.5,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -165,6 +166,21 @@ def test_every_setting_of_a_policy_changes_coefficients(
     assert any(
         not torch.equal(first, second) for name in one for first, second in zip(one[name], two[name], strict=True)
     )
+
+
+def test_one_base_in_memory_serves_the_pairs_of_all_experts_pickled_ones_too(tmp_path: Path) -> None:
+    plain, folder = SHIPPED["tiny"] / "below-mlps-0", tmp_path / "pickled"
+    folder.mkdir()
+    shutil.copy(plain / "adapter_config.json", folder)
+    torch.save(load_file(plain / "adapter_model.safetensors"), folder / "adapter_model.bin")
+    found = Inputs.open(BASE, {"plain": plain, "pickled": folder}, allow_pickle=True, any_adapter_base=True)
+    base = found.load_base()
+    pairs = [found.pair(name, base) for name in found.experts]
+    assert all(pair.base is base and pair.tokenizer is not None for pair in pairs)
+    name = "model.layers.2.mlp.up_proj.weight"
+    one, other = (pair.specialized_weight(name) for pair in pairs)
+    assert torch.equal(one, other)
+    torch.testing.assert_close(one - base.get_parameter(name), found.change("plain", name))
 
 
 def test_learned_coefficients_restore_held_out_anchors_better_than_equal_ones(learned: Resolved) -> None:

@@ -88,13 +88,17 @@ class Case:
         """Expert -> its run, made when it is not there yet: anchors and exact effects."""
         return {expert: self._run(expert) for expert in self.experts}
 
+    def pair(self, expert: str) -> ModelPair:
+        """Of the base and an expert."""
+        return self.inputs.pair(expert, self.model)
+
     def _run(self, expert: str) -> Run:
         out = self.shared / f"{expert}-run"
         prompts = self.shared / f"{expert}-prompts.jsonl"
         config = RunConfig(
             base=self.base, specialized=self.experts[expert], prompts=str(prompts), units=self.units, gates="readout"
         )
-        pair = ModelPair.from_pretrained(self.base, self.experts[expert], any_adapter_base=True)
+        pair = self.pair(expert)
         run = start(config, pair, ContrastPrompts.load(prompts), out)
         for stage in (fit_anchors, measure_effects):
             for _ in stage(run, pair):

@@ -21,7 +21,6 @@ from weightpatch.merging.experts import read_scores
 from weightpatch.merging.learning import Blend, Loss, Training, learn
 from weightpatch.merging.resolving import read_aims
 from weightpatch.merging.restoring import Aim, restoring, restoring_streams
-from weightpatch.pair import ModelPair
 from weightpatch.residuals import BATCH_TOKENS, batches, pad
 
 UNIFORM = ", uniform of the same means"
@@ -69,7 +68,7 @@ def _shuffled(scores: Mapping[Component, float], draw: random.Random) -> dict[Co
 
 
 def _sizes(case: Case, expert: str, scores: Mapping[Component, float]) -> dict[Component, float]:
-    pair = ModelPair.from_pretrained(case.base, case.experts[expert], any_adapter_base=True)
+    pair = case.pair(expert)
     norms = {row.component: row.relative_norm for row in weight_differences(pair, case.units)}
     return {one: norms[one] for one in scores}
 
@@ -78,7 +77,7 @@ def _activation(case: Case, expert: str, scores: Mapping[Component, float]) -> d
     file = case.shared / f"{expert}-activation.json"
     if not file.is_file():
         run = case.runs()[expert]
-        pair = ModelPair.from_pretrained(case.base, case.experts[expert], any_adapter_base=True)
+        pair = case.pair(expert)
         totals: dict[str, float] = {}
         for task in run.tasks:
             prompts = run.prompts().of_task(task).split("localize")
@@ -161,7 +160,7 @@ def _turned(case: Case, one: Aim, seed: int) -> Aim:
     anchor = Anchor(layer=one.anchor.layer, direction=direction, positions=one.anchor.positions)
     run = case.runs()[one.expert]
     prompts = run.prompts().of_task(one.task).split("localize")
-    pair = ModelPair.from_pretrained(case.base, case.experts[one.expert], any_adapter_base=True)
+    pair = case.pair(one.expert)
     base, specialized = (readouts(model, pair, prompts, anchor) for model in (pair.base, pair.specialized))
     spread = (specialized - base).square().mean().sqrt() * torch.sign((specialized - base).mean())
     return replace(one, anchor=anchor, base=specialized - spread, specialized=specialized)

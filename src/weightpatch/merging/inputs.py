@@ -8,12 +8,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from weightpatch.architecture import Architecture, skeleton
-from weightpatch.checkpoint import Checkpoint, find
+from weightpatch.checkpoint import Checkpoint, find, load
 from weightpatch.errors import MergeError
-from weightpatch.pair import Known, check_pair
+from weightpatch.pair import Known, ModelPair, check_pair
 from weightpatch.sources import Source, open_source
+from weightpatch.streaming import streamed
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -23,16 +25,20 @@ class Inputs:
     Attributes:
         base: The base.
         experts: Name -> its checkpoint.
+        tokenizers: Expert -> what its prompts are read with, if it or the base brings one.
         architecture: Of all of them.
         ours: Gives the base's weights.
         theirs: Expert -> gives its weights.
+        allow_pickle: Whether pickled weights may be read.
     """
 
     base: Checkpoint
     experts: Mapping[str, Checkpoint]
+    tokenizers: Mapping[str, PreTrainedTokenizerBase | None]
     architecture: Architecture
     ours: Source
     theirs: Mapping[str, Source]
+    allow_pickle: bool = False
 
     @classmethod
     def open(
@@ -60,16 +66,38 @@ class Inputs:
             raise MergeError("a merge needs at least one expert.")
         below = find(base)
         known = Known(checkpoint=below)
-        found = {
-            name: check_pair(known, one, allow_pickle=allow_pickle, any_adapter_base=any_adapter_base).specialized
+        checked = {
+            name: check_pair(known, one, allow_pickle=allow_pickle, any_adapter_base=any_adapter_base)
             for name, one in experts.items()
         }
+        found = {name: own.specialized for name, own in checked.items()}
         return cls(
             base=below,
             experts=found,
+            tokenizers={name: own.tokenizer for name, own in checked.items()},
             architecture=Architecture.of(skeleton(known.config)),
             ours=_open(below, below, allow_pickle=allow_pickle),
             theirs={name: _open(one, below, allow_pickle=allow_pickle) for name, one in found.items()},
+            allow_pickle=allow_pickle,
+        )
+
+    def load_base(self) -> PreTrainedModel:
+        """The base in memory, float32."""
+        return load(self.base, dtype=torch.float32, allow_pickle=self.allow_pickle)
+
+    def pair(self, expert: str, base: PreTrainedModel) -> ModelPair:
+        """The pair of an expert, whose weights are read when they are needed.
+
+        Args:
+            expert: Its name.
+            base: As `load_base` gives it; one serves all experts.
+        """
+        return ModelPair(
+            base=base,
+            specialized=streamed(base, self.theirs[expert]),
+            tokenizer=self.tokenizers[expert],
+            base_name=self.base.reference,
+            specialized_name=self.experts[expert].reference,
         )
 
     def weights(self, name: str) -> Tensor:

@@ -16,7 +16,6 @@ from weightpatch.merging.inputs import Inputs
 from weightpatch.merging.learning import Blend, Training, Weights, learn
 from weightpatch.merging.policies import SHARE, TEMPERATURE, Policy, only, weigh
 from weightpatch.merging.restoring import Aim, aim, restoring, restoring_streams
-from weightpatch.pair import ModelPair
 from weightpatch.residuals import BATCH_TOKENS
 
 if TYPE_CHECKING:
@@ -194,20 +193,15 @@ def read_aims(inputs: Inputs, runs: Mapping[str, Run]) -> tuple[PreTrainedModel,
     Raises:
         MergeError: an anchor that the expert reads no higher on than the base.
     """
-    model: PreTrainedModel | None = None
+    model = inputs.load_base()
     learned_from: list[Aim] = []
     held_out: list[Aim] = []
     for name, run in runs.items():
-        pair = ModelPair.from_pretrained(
-            inputs.base.reference, inputs.experts[name].reference, dtype="float32", any_adapter_base=True
-        )
+        pair = inputs.pair(name, model)
         for task in measured(run):
             prompts = run.prompts().of_task(task)
             for split, aims in (("localize", learned_from), ("validate", held_out)):
                 aims.append(aim(pair, prompts.split(split), run.anchor(task), expert=name, task=task))
-        model = pair.base
-    if model is None:
-        raise MergeError("no expert has a run.")
     return model, learned_from, held_out
 
 
