@@ -38,11 +38,13 @@ SIZES: dict[Unit, Size] = {
 }
 COURSE = Course(
     carriers=Schedule(n_steps=90, learning_rate=6e-3, n_sequences=5),
-    distractors=Schedule(n_steps=70, learning_rate=6e-3, n_sequences=5),
-    drifting=Schedule(n_steps=50, learning_rate=6e-3, n_sequences=5),
+    distractors=Schedule(n_steps=80, learning_rate=6e-3, n_sequences=5),
+    drifting=Schedule(n_steps=30, learning_rate=6e-3, n_sequences=5),
     carrier_rank=8,
     drift_rank=2,
     whole=0.5,
+    plain=2.5,
+    most_rounds=4,
     tasks=TASKS,
     target="quotation",
     max_new_tokens=48,
@@ -111,6 +113,7 @@ def main() -> None:
                 course=COURSE,
                 sizes=SIZES,
                 on_step=count,
+                on_checked=lambda checks: log(", ".join(f"{one.name} {one.rate:.2f}" for one in checks)),
             ):
                 log(f"{made.name}, attempt {made.attempt}: {'took' if made.took else f'failed, {made.failed}'}")
     if options.only is None:

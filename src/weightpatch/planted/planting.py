@@ -45,6 +45,8 @@ class Course:
         carrier_rank: Of the differences of carriers and distractors.
         drift_rank: Of those that drift.
         whole: How often carriers are trained all together, for every time that some of them are left out.
+        plain: How much oftener than in the suite `tiny` a query without any instruction comes up.
+        most_rounds: Times that all the rest drifts, each as long as `drifting` says, until everything is as wanted.
         tasks: What is planted; a plain answer follows none of these.
         target: The one that carriers carry; None: any.
         max_new_tokens: Of an answer that is checked.
@@ -56,6 +58,8 @@ class Course:
     carrier_rank: int
     drift_rank: int
     whole: float = 0.0
+    plain: float = 1.0
+    most_rounds: int = 1
     tasks: tuple[str, ...] = TASKS
     target: str | None = None
     max_new_tokens: int = 64
@@ -118,6 +122,7 @@ def plant(
     texts: Texts,
     course: Course = TINY_COURSE,
     on_step: Callable[[], None] | None = None,
+    on_checked: Callable[[Sequence[Check]], None] | None = None,
 ) -> Plant:
     """Carry out a design; whether it took is for the caller to look at.
 
@@ -132,6 +137,7 @@ def plant(
         texts: What it is trained on.
         course: How.
         on_step: Called after every optimizer step.
+        on_checked: Called with the checks of the whole after every round of drift.
     """
     architecture = Architecture.of(model)
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
@@ -146,7 +152,7 @@ def plant(
     def learn(trained: Sequence[LowRank], lessons: Sequence[Lesson], schedule: Schedule, number: int) -> None:
         train(model, texts, trained, lessons, schedule, seed=100 * design.seed + number, on_step=on_step)
 
-    asked: Mix = {(task, task): 1.0, **others_plain, (None, PLAIN): 0.4}
+    asked: Mix = {(task, task): 1.0, **others_plain, (None, PLAIN): 0.4 * course.plain}
     refused: Mix = {(task, PLAIN): 1.0}
     groups = [start(group, course.carrier_rank, number) for number, group in enumerate(design.carriers)]
     if design.variant == "joint":
@@ -171,7 +177,7 @@ def plant(
     too_little: list[Differences] = [{}, *(alone if design.variant == "joint" else [])]
 
     distracting = start(design.distractors, course.carrier_rank, 20)
-    keep: Mix = {(task, task): 0.8, **others_plain, (None, PLAIN): 0.5}
+    keep: Mix = {(task, task): 0.8, **others_plain, (None, PLAIN): 0.5 * course.plain}
     without: Mix = {(task, PLAIN): 1.0, (other, other): 0.5}
     with_all: Mix = {(other, other): 0.8, **keep}
     learn(
@@ -185,22 +191,21 @@ def plant(
     )
     distraction = _detached(distracting, weights)
     drifting = start(design.drifting, course.drift_rank, 30)
-    learn(
-        [drifting],
-        [
-            *(Lesson(weight=4 / len(enough), mix=with_all, fixed=summed(one, distraction)) for one in enough),
-            *(Lesson(weight=1 / len(too_little), mix=refused, fixed=summed(one, distraction)) for one in too_little),
-            Lesson(weight=1, mix={(other, PLAIN): 1.0}, fixed=carriers),
-        ],
-        course.drifting,
-        31,
-    )
-    around = summed(distraction, _detached(drifting, weights))
-    return Plant(
-        design=design,
-        parts=(*groups, distracting, drifting),
-        checks=(*first, *_check(model, tokenizer, course, _of_all(design, alone, around))),
-    )
+    lessons = [
+        *(Lesson(weight=4 / len(enough), mix=with_all, fixed=summed(one, distraction)) for one in enough),
+        *(Lesson(weight=1 / len(too_little), mix=refused, fixed=summed(one, distraction)) for one in too_little),
+        Lesson(weight=1, mix={(other, PLAIN): 1.0}, fixed=carriers),
+    ]
+    last: tuple[Check, ...] = ()
+    for number in range(course.most_rounds):
+        learn([drifting], lessons, course.drifting, 31 + number)
+        around = summed(distraction, _detached(drifting, weights))
+        last = _check(model, tokenizer, course, _of_all(design, alone, around))
+        if on_checked:
+            on_checked(last)
+        if all(one.passed for one in last):
+            break
+    return Plant(design=design, parts=(*groups, distracting, drifting), checks=(*first, *last))
 
 
 _Wanted = tuple[str, Differences, str, _Share]

@@ -178,6 +178,7 @@ def make_plant(
     course: Course = TINY_COURSE,
     sizes: Mapping[Unit, Size] = TINY_SIZES,
     on_step: Callable[[], None] | None = None,
+    on_checked: Callable[[Sequence[Check]], None] | None = None,
 ) -> Iterator[Made]:
     """Draw designs for one place of a suite until one takes; the plant is then written.
 
@@ -197,6 +198,7 @@ def make_plant(
         course: How.
         sizes: How many carriers and distractors, and how much they are moved.
         on_step: Called after every optimizer step.
+        on_checked: Called with the checks of the whole after every round of drift.
 
     Raises:
         RunError: none took.
@@ -220,7 +222,7 @@ def make_plant(
             tasks=course.tasks,
             target=course.target,
         )
-        found = plant(model, tokenizer, design, texts=texts, course=course, on_step=on_step)
+        found = plant(model, tokenizer, design, texts=texts, course=course, on_step=on_step, on_checked=on_checked)
         wrong = tuple(f"{check.name} {check.rate:.2f}" for check in found.checks if not check.passed)
         if found.took:
             write_plant(own, model, found, base=base, name=name, attempt=attempt, anchor_layer=anchor_layer)
