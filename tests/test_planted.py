@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.func import functional_call
+from torch.nn import functional
 from transformers import LlamaForCausalLM
 
 from weightpatch import Anchor, ContrastPrompts, ModelPair, localize
@@ -24,7 +27,7 @@ from weightpatch.planted.language import texts_of
 from weightpatch.planted.low_rank import LowRank
 from weightpatch.planted.making import make_suite
 from weightpatch.planted.methods import METHODS, Case
-from weightpatch.planted.planting import Plant, pass_rate_with
+from weightpatch.planted.planting import TINY_COURSE, Check, Plant, pass_rate_with, plant
 from weightpatch.planted.scoring import (
     Score,
     average_precision,
@@ -34,7 +37,7 @@ from weightpatch.planted.scoring import (
     summarize,
 )
 from weightpatch.planted.suite import Suite, finish_suite, make_plant, places, write_plant
-from weightpatch.planted.training import Lesson, Schedule, train
+from weightpatch.planted.training import IGNORED, Lesson, Schedule, answer_loss, train
 
 ANCHOR_LAYER = 7
 
@@ -190,6 +193,60 @@ def test_where_members_are_left_out_the_others_are_held_and_only_first_tokens_ar
         patch.setattr("weightpatch.planted.training.functional.cross_entropy", counting)
         train(base, texts, [part], [lesson], Schedule(n_steps=12, learning_rate=1e-3, n_sequences=2), seed=0)
     assert set(seen) == {(2, 1), (6, 3)}  # first tokens of two sequences, or all three of each
+
+
+@pytest.mark.parametrize("n_shared", [2, 12])
+def test_the_loss_is_that_of_whole_sequences_however_much_they_share(base: LlamaForCausalLM, n_shared: int) -> None:
+    draw = torch.Generator().manual_seed(n_shared)
+    ids = torch.randint(5, 1600, (4, 24), generator=draw)
+    ids[:, :n_shared] = ids[0, :n_shared]
+    labels = torch.full_like(ids, IGNORED)
+    for row, (start, stop) in enumerate([(13, 17), (15, 22), (14, 15), (16, 20)]):
+        labels[row, start:stop] = ids[row, start:stop]
+    name = "model.layers.1.mlp.up_proj.weight"
+    found = {}
+    for way in ("whole", "short"):
+        weight = base.get_parameter(name).detach().clone().requires_grad_()
+        if way == "whole":
+            logits = functional_call(base, {name: weight}, kwargs={"input_ids": ids}).logits
+            loss = functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
+        else:
+            loss = answer_loss(base, {name: weight}, ids, labels)
+        torch.autograd.backward(loss)
+        found[way] = (loss.detach(), weight.grad)
+    torch.testing.assert_close(found["short"], found["whole"], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("most_rounds", "n_rounds"), [(1, 1), (4, 2)])
+def test_the_rest_drifts_in_rounds_until_everything_is_as_wanted(
+    base: LlamaForCausalLM,
+    architecture: Architecture,
+    monkeypatch: pytest.MonkeyPatch,
+    most_rounds: int,
+    n_rounds: int,
+) -> None:
+    rates = iter([1.0, *(1.0, 1.0, 0.5, 0.0), *(1.0, 1.0, 1.0, 0.0)])  # carriers; then all three ways, and without them
+    monkeypatch.setattr("weightpatch.planted.planting.pass_rate_with", lambda *_: next(rates))
+    short = Schedule(n_steps=1, learning_rate=1e-3, n_sequences=2)
+    course = replace(TINY_COURSE, carriers=short, distractors=short, drifting=short, most_rounds=most_rounds)
+    tokenizer = read_tokenizer(find("tiny:base"))
+    assert tokenizer is not None
+    design = design_of(architecture, "below", "mlps")
+    rounds: list[Sequence[Check]] = []
+    steps: list[None] = []
+    found = plant(
+        base,
+        tokenizer,
+        design,
+        texts=texts_of(tokenizer),
+        course=course,
+        on_step=lambda: steps.append(None),
+        on_checked=rounds.append,
+    )
+    assert len(rounds) == n_rounds
+    assert len(steps) == 2 + n_rounds
+    assert found.took == (n_rounds == 2)
+    assert [one.rate for one in found.checks[1:]] == [1.0, 1.0, 1.0 if n_rounds == 2 else 0.5, 0.0]
 
 
 @pytest.fixture(scope="module")

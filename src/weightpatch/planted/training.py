@@ -110,7 +110,7 @@ def train(
         ids, labels = next(batches[place])
         if any(left_out):
             labels = _first_only(labels)
-        loss = _loss(model, state, ids, labels)
+        loss = answer_loss(model, state, ids, labels)
         optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
         optimizer.step()
@@ -129,9 +129,18 @@ def _first_only(labels: Tensor) -> Tensor:
     return labels.where(asked & (asked.cumsum(dim=1) == 1), torch.full_like(labels, IGNORED))
 
 
-def _loss(model: PreTrainedModel, state: Mapping[str, Tensor], ids: Tensor, labels: Tensor) -> Tensor:
-    # Padding stands to the right and attention is causal, so no mask is needed. What all sequences begin with (a system
-    # prompt) is run once, nothing behind the last label is run, and logits are made from the first label on.
+def answer_loss(model: PreTrainedModel, state: Mapping[str, Tensor], ids: Tensor, labels: Tensor) -> Tensor:
+    """Mean negative log-likelihood of the labels, with other weights in place.
+
+    What all sequences begin with (a system prompt) is run once, nothing behind the last label is run, and logits are
+    made from the first label on.
+
+    Args:
+        model: A causal model.
+        state: Parameter -> what stands in its place.
+        ids: Shape `(sequence, token)`, padded on the right: attention is causal, so no mask is needed.
+        labels: The same with `IGNORED` where nothing is to be learned; the first token of a sequence has none.
+    """
     asked = (labels != IGNORED).any(dim=0).nonzero()
     first, last = int(asked.min()), int(asked.max())
     shared = min(int((ids == ids[0]).all(dim=0).long().cumprod(dim=0).sum()), first - 1)
