@@ -249,6 +249,41 @@ def test_the_rest_drifts_in_rounds_until_everything_is_as_wanted(
     assert [one.rate for one in found.checks[1:]] == [1.0, 1.0, 1.0 if n_rounds == 2 else 0.5, 0.0]
 
 
+def test_an_interrupted_plant_goes_on_behind_its_last_lesson_and_ends_the_same(
+    base: LlamaForCausalLM, architecture: Architecture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(
+        "weightpatch.planted.planting.pass_rate_with",
+        lambda *_: 1.0,
+    )
+    short = Schedule(n_steps=2, learning_rate=1e-3, n_sequences=2)
+    course = replace(TINY_COURSE, carriers=short, distractors=short, drifting=short)
+    tokenizer = read_tokenizer(find("tiny:base"))
+    assert tokenizer is not None
+    design = design_of(architecture, "below", "mlps")
+    steps: list[None] = []
+
+    def run(kept_in: Path | None, last: int | None = None) -> list[Tensor]:
+        def on_step() -> None:
+            steps.append(None)
+            if len(steps) == last:
+                raise KeyboardInterrupt
+
+        steps.clear()
+        texts = texts_of(tokenizer)
+        parts = plant(base, tokenizer, design, texts=texts, course=course, on_step=on_step, kept_in=kept_in).parts
+        return [tensor.detach() for part in parts for tensor in part.trained()]
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "kept", last=3)
+    resumed = run(tmp_path / "kept")
+    n_resumed = len(steps)
+    whole = run(None)
+    assert len(whole) == len(resumed)
+    assert all(map(torch.equal, whole, resumed))
+    assert n_resumed == len(steps) - 2
+
+
 @pytest.fixture(scope="module")
 def suite(base: LlamaForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> Suite:
     """Two plants of random differences."""

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -123,6 +126,7 @@ def plant(
     course: Course = TINY_COURSE,
     on_step: Callable[[], None] | None = None,
     on_checked: Callable[[Sequence[Check]], None] | None = None,
+    kept_in: Path | None = None,
 ) -> Plant:
     """Carry out a design; whether it took is for the caller to look at.
 
@@ -138,6 +142,8 @@ def plant(
         course: How.
         on_step: Called after every optimizer step.
         on_checked: Called with the checks of the whole after every round of drift.
+        kept_in: A folder where what was trained is kept, lesson by lesson: an interrupted call with the same arguments
+            goes on behind the last one that ended, and ends with the same differences.
     """
     architecture = Architecture.of(model)
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
@@ -149,15 +155,13 @@ def plant(
         norms = {one: design.norms[one] for one in members}
         return LowRank.start(architecture, weights, norms, rank=rank, seed=100 * design.seed + number)
 
-    def learn(trained: Sequence[LowRank], lessons: Sequence[Lesson], schedule: Schedule, number: int) -> None:
-        train(model, texts, trained, lessons, schedule, seed=100 * design.seed + number, on_step=on_step)
-
+    learn = partial(_learn, model, texts, seed=100 * design.seed, on_step=on_step, kept_in=kept_in)
     asked: Mix = {(task, task): 1.0, **others_plain, (None, PLAIN): 0.4 * course.plain}
     refused: Mix = {(task, PLAIN): 1.0}
     groups = [start(group, course.carrier_rank, number) for number, group in enumerate(design.carriers)]
     if design.variant == "joint":
         single = [Lesson(weight=1, mix=refused, fixed={}, trained=[number]) for number in range(len(groups))]
-        learn(groups, [Lesson(weight=3, mix=asked, fixed={}), *single], course.carriers, 10)
+        learn(groups, [Lesson(weight=3, mix=asked, fixed={}), *single], course.carriers, number=10)
     else:
         done: dict[str, Tensor] = {}
         for number, group in enumerate(groups):
@@ -166,7 +170,7 @@ def plant(
                 lessons.append(Lesson(weight=course.whole, mix=asked, fixed={}))
             if done:
                 lessons.append(Lesson(weight=0.2, mix=asked, fixed=done))
-            learn([group], lessons, course.carriers, 10 + number)
+            learn([group], lessons, course.carriers, number=10 + number)
             done = summed(done, _detached(group, weights))
     alone = [_detached(group, weights) for group in groups]
     first = _check(model, tokenizer, course, _of_carriers(design, alone))
@@ -187,7 +191,7 @@ def plant(
             *(Lesson(weight=1 / len(too_little), mix=without, fixed=one) for one in too_little),
         ],
         course.distractors,
-        21,
+        number=21,
     )
     distraction = _detached(distracting, weights)
     drifting = start(design.drifting, course.drift_rank, 30)
@@ -198,7 +202,7 @@ def plant(
     ]
     last: tuple[Check, ...] = ()
     for number in range(course.most_rounds):
-        learn([drifting], lessons, course.drifting, 31 + number)
+        learn([drifting], lessons, course.drifting, number=31 + number)
         around = summed(distraction, _detached(drifting, weights))
         last = _check(model, tokenizer, course, _of_all(design, alone, around))
         if on_checked:
@@ -275,6 +279,37 @@ def _is_right(answer: str, asked: str, tasks: Sequence[str]) -> bool:
     if asked == PLAIN:
         return bool(answer.strip()) and not any(follows(task, answer) for task in tasks)
     return follows(asked, answer)
+
+
+def _learn(
+    model: PreTrainedModel,
+    texts: Texts,
+    trained: Sequence[LowRank],
+    lessons: Sequence[Lesson],
+    schedule: Schedule,
+    *,
+    number: int,
+    seed: int,
+    on_step: Callable[[], None] | None,
+    kept_in: Path | None,
+) -> None:
+    """Train some differences, or read what became of them when this was done before."""
+    file = kept_in / f"{number}.safetensors" if kept_in else None
+    if file and file.is_file():
+        for name, tensor in load_file(file).items():
+            _factors(trained)[name].copy_(tensor)
+        return
+    train(model, texts, trained, lessons, schedule, seed=seed + number, on_step=on_step)
+    if file:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file(_factors(trained), file.with_suffix(".partial"))
+        file.with_suffix(".partial").replace(file)
+
+
+def _factors(parts: Sequence[LowRank]) -> dict[str, Tensor]:
+    """What an optimizer moves, by number."""
+    every = (tensor for part in parts for tensor in part.trained())
+    return {str(number): tensor.detach() for number, tensor in enumerate(every)}
 
 
 def _detached(part: LowRank, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -182,8 +183,9 @@ def make_plant(
 ) -> Iterator[Made]:
     """Draw designs for one place of a suite until one takes; the plant is then written.
 
-    A plant that is there is left alone and nothing is yielded. Failed attempts are kept in `failed.json` beside it, so
-    that an interrupted suite goes on as if it had not been.
+    A plant that is there is left alone and nothing is yielded. Failed attempts are kept in `failed.json` beside it, and
+    what a design has been taught so far in a folder of its own, so that an interrupted suite goes on as if it had not
+    been.
 
     Args:
         model: The base.
@@ -222,14 +224,26 @@ def make_plant(
             tasks=course.tasks,
             target=course.target,
         )
-        found = plant(model, tokenizer, design, texts=texts, course=course, on_step=on_step, on_checked=on_checked)
+        begun = own / f"attempt-{attempt}"
+        found = plant(
+            model,
+            tokenizer,
+            design,
+            texts=texts,
+            course=course,
+            on_step=on_step,
+            on_checked=on_checked,
+            kept_in=begun,
+        )
         wrong = tuple(f"{check.name} {check.rate:.2f}" for check in found.checks if not check.passed)
         if found.took:
+            shutil.rmtree(begun)
             write_plant(own, model, found, base=base, name=name, attempt=attempt, anchor_layer=anchor_layer)
             yield Made(name=name, attempt=attempt, took=True, failed=())
             return
         failed.append(list(wrong))
         write_whole(own / "failed.json", json.dumps(failed, indent=1) + "\n")
+        shutil.rmtree(begun)
         yield Made(name=name, attempt=attempt, took=False, failed=wrong)
     raise RunError(
         f"none of {MOST_ATTEMPTS} designs for {name} took (see failed.json there). Try another seed, or larger "
