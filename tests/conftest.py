@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Iterator
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -12,6 +13,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+import flow_oracle
 from weightpatch import ContrastPrompts, ModelPair
 from weightpatch.component import UNITS, Component, components
 
@@ -55,6 +57,17 @@ SHAPES: dict[str, dict[str, object]] = {
     "olmoe": {"model_type": "olmoe", **_EXPERTS, "num_experts": 4, "clip_qkv": 0.8, "pad_token_id": None},
 }  # fmt: skip
 """A shape for each family, each way of sharing keys (mha, gqa, mqa), and each kind of mixture."""
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_float32_in_float64() -> Iterator[None]:
+    """Eager attention takes its softmax in float32, whose last bit depends on how a CPU deals rows out to vectors.
+
+    Tests in float64 are there to prove that differences are rounding, so there it stays float64.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.functional, "softmax", flow_oracle.exact_softmax)
+        yield
 
 
 CORE = ("llama-gqa", "qwen3", "gemma2", "gpt2", "gpt-neox", "olmo2", "granite", "mixtral")

@@ -4,18 +4,11 @@ from __future__ import annotations
 
 from functools import cache
 
-import pytest
 import torch
 
 import flow_oracle
 from conftest import build_model
 from weightpatch import ModelPair
-
-
-@pytest.fixture(autouse=True)
-def no_float32_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For every test of a module that imports it."""
-    monkeypatch.setattr(torch.nn.functional, "softmax", flow_oracle.exact_softmax)
 
 
 @cache

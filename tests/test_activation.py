@@ -11,7 +11,7 @@ from torch import Tensor
 import flow_oracle
 import hook_oracle
 from conftest import EVERY_SHAPE, build_pair, some_of_every_unit
-from flow_cases import mean_gap, no_float32_in_float64, pair_of  # noqa: F401  the fixture works by being here
+from flow_cases import mean_gap, pair_of
 from flow_oracle import Case
 from weightpatch import Anchor, ContrastPrompts, ModelPair, localize
 from weightpatch.component import components

@@ -13,7 +13,7 @@ import torch
 import flow_oracle
 import hook_oracle
 from conftest import CORE, EVERY_SHAPE, SHAPES, build_model, some_of_every_unit
-from flow_cases import mean_gap, no_float32_in_float64, pair_of  # noqa: F401  the fixture works by being here
+from flow_cases import mean_gap, pair_of
 from flow_oracle import Case
 from weightpatch import Anchor, ContrastPrompts, ModelPair, localize
 from weightpatch.component import Component, components
