@@ -1,15 +1,29 @@
-"""Whether a plant on disk does what its page says, by generation; for the tests of shipped suites."""
+"""What tests of plants share: designs on the bundled base, and whether a plant on disk does what its page says."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedModel
 
+from weightpatch.architecture import Architecture
 from weightpatch.checkpoint import find, load, read_tokenizer
 from weightpatch.component import components, slices
+from weightpatch.planted.designs import Design, Unit, Variant, draw_design
 from weightpatch.planted.planting import FAILS, N_PROMPTS, PASSES, PLAIN, TINY_COURSE, Course, pass_rate_with
 from weightpatch.planted.suite import Planted, Suite
+
+ANCHOR_LAYER = 7
+
+
+def weights_of(base: PreTrainedModel) -> dict[str, Tensor]:
+    return {name: parameter.detach() for name, parameter in base.named_parameters()}
+
+
+def design_of(architecture: Architecture, variant: Variant, unit: Unit, seed: int = 0) -> Design:
+    return draw_design(architecture, name="one", variant=variant, unit=unit, seed=seed, anchor_layer=ANCHOR_LAYER)
 
 
 def check_parts(suite: Suite, planted: Planted, *, n_carriers: int, n_distractors: int) -> None:
