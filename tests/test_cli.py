@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from weightpatch.cli import main, run
 from weightpatch.run import Run, RunConfig
@@ -156,9 +157,11 @@ def test_the_command_line_and_the_config_have_the_same_defaults() -> None:
 
 @pytest.mark.slow  # the README's own demo runs in the normal suite
 def test_the_demo_does_the_whole_job_on_the_bundled_pair(weightpatch: Program, tmp_path: Path) -> None:
+    before = gigaflops()
     begun = time.monotonic()
     result = weightpatch("demo", "--out", tmp_path / "run", "--json")
     took = time.monotonic() - begun
+    slowness = max(1.0, GIGAFLOPS / min(before, gigaflops()))
     found = result.record
     assert Path(found["report"]).stat().st_size > 100_000
     assert list(found["tasks"]) == TASKS
@@ -176,7 +179,24 @@ def test_the_demo_does_the_whole_job_on_the_bundled_pair(weightpatch: Program, t
     traced = Run.open(tmp_path / "run").trace("title")
     assert traced is not None
     assert traced["edges"]
-    assert took < 60
+    assert took < 60 * slowness
+
+
+GIGAFLOPS = 192.0
+"""Large float32 products on the two cores for which the demo was promised within a minute (LOG.md, 2026-11-23)."""
+
+
+def gigaflops(n: int = 2048) -> float:
+    """What this machine makes of large float32 products with two threads now."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    matrix, took = torch.randn(n, n), []
+    for _ in range(4):
+        begun = time.perf_counter()
+        matrix @ matrix
+        took.append(time.perf_counter() - begun)
+    torch.set_num_threads(threads)
+    return 2 * n**3 / min(took) / 1e9
 
 
 def test_eval_prints_pass_rates_and_keeps_every_answer(weightpatch: Program, tmp_path: Path) -> None:
