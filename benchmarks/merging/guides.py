@@ -171,17 +171,17 @@ def _through_outputs(case: Case, aims: list[Aim], name: str) -> list[Loss]:
     experts = [aim.expert for aim in aims]
     shares = [1 / (len(set(experts)) * experts.count(one.expert) * len(one.token_ids)) for one in aims]
     asked = [(place, ids) for place, one in enumerate(aims) for ids in one.token_ids]
-    wanted: dict[tuple[int, ...], Tensor] = {}
+    wanted: dict[tuple[str, tuple[int, ...]], Tensor] = {}  # two experts may share a prompt
     for expert in dict.fromkeys(experts):
         theirs = {key: case.weights[key] + change for key, change in case.changes()[expert].items()}
         own = [ids for place, ids in asked if aims[place].expert == expert]
         with torch.no_grad():
-            wanted |= dict(zip(own, _last_logits(case, theirs, own), strict=True))
+            wanted |= zip([(expert, ids) for ids in own], _last_logits(case, theirs, own), strict=True)
     found: list[Loss] = []
     for chosen in batches([ids for _, ids in asked], BATCH_TOKENS):
         token_ids = [asked[row][1] for row in chosen]
         share = torch.tensor([shares[asked[row][0]] for row in chosen])
-        target = torch.stack([wanted[ids] for ids in token_ids])
+        target = torch.stack([wanted[experts[place], ids] for place, ids in (asked[row] for row in chosen)])
 
         def loss(
             weights: Weights,
