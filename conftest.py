@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import pytest
 from sybil import Example, Sybil
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser
 
@@ -16,6 +17,15 @@ HERE = Path(__file__).parent
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # programs that tests start would otherwise fight for the workers' cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Documents with shell blocks are slow, as whole stages run there, and whole, as their blocks need each other."""
+    documents = {item.path for item in items if item.path.suffix == ".md"}
+    long = {path for path in documents if "\n```bash\n" in path.read_text(encoding="utf-8")}
+    for item in items:
+        if item.path in long:
+            item.add_marker(pytest.mark.slow)
 
 
 def run_shell(example: Example) -> None:

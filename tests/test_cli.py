@@ -126,6 +126,7 @@ def test_inspect_lists_the_differences_of_what_is_no_pair(weightpatch: Program) 
     assert found["pair"] is False
 
 
+@pytest.mark.slow
 def test_the_stages_one_by_one_make_the_same_run_as_the_run_command(weightpatch: Program, tmp_path: Path) -> None:
     common = ["tiny:base", "tiny:specialized", "--prompts", "instructions:title", "--units", "mlps", "--n-queries", "6"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"

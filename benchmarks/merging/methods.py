@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from cases import Case, Weights
-from guides import learned, scores_of
+from guides import N_STEPS, learned, scores_of
 from torch import Tensor
 
 from weightpatch.merging.coefficients import Coefficients
@@ -173,13 +173,13 @@ def first(default: Config, others: list[Config]) -> list[Config]:
 
 
 LEARNING = first(
-    {"units": "heads,kvs,mlps", "start": 0.8, "penalty": 0.1, "n_steps": 40},
-    grid(
-        units=["heads,kvs,mlps", "heads,kvs,neurons"],
-        start=[0.6, 0.8, 1.0],
-        penalty=[0.01, 0.03, 0.1, 0.3, 1.0],
-        n_steps=[40],
-    ),
+    {"units": "heads,kvs,mlps", "start": 0.8, "penalty": 0.1, "stop_at": N_STEPS},
+    [
+        {"units": units, "start": start, "penalty": penalty, "stop_at": stop}
+        for units in ("heads,kvs,mlps", "heads,kvs,neurons")
+        for start, penalty in ((0.6, 0.01), (0.8, 0.01), (0.8, 0.1), (1.0, 0.1), (1.0, 1.0))
+        for stop in (10, 20, N_STEPS)
+    ],
 )
 LEARNED = (
     ("streams", "guided"),

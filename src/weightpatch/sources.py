@@ -32,6 +32,8 @@ from weightpatch.checkpoint import (
 )
 from weightpatch.errors import CheckpointError
 
+_MAPPED_BYTES = 2**25
+"""How much is read of a file that is not kept open before it is opened anew: opening takes a millisecond or two."""
 _PLAIN_INITS = (None, True, False, "gaussian", "orthogonal", "eva")
 """Ways of beginning a LoRA adapter that leave the base's weights alone, as PiSSA, OLoRA and others do not."""
 
@@ -158,7 +160,7 @@ def open_source(
         dtype: The dtype that the weights will be wanted in.
         device_map: As in transformers, for a conversion.
         allow_pickle: Read pickled weights too.
-        keep_open: Keep the files mapped; otherwise they are opened for every tensor, and what was read leaves memory.
+        keep_open: Keep the files mapped; otherwise they are opened anew every 32 MiB, and what was read leaves memory.
 
     Raises:
         CheckpointError: damaged or incomplete, or an adapter that does not fit.
@@ -216,16 +218,22 @@ def _open_files(checkpoint: Checkpoint, *, allow_pickle: bool, keep_open: bool =
     )
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Reopened:
-    """A safetensors file that is mapped anew for every tensor, and let go with it."""
+    """A safetensors file that is mapped anew whenever so much of it was read; a mapping goes with its last tensor."""
 
     file: Path
+    _opened: Any = None
+    _n_bytes: int = 0
 
     def get_tensor(self, name: str) -> Tensor:
-        with _open(self.file) as opened:
-            found: Tensor = opened.get_tensor(name)
-            return found
+        if self._opened is None:
+            self._opened = _open(self.file)
+        found: Tensor = self._opened.get_tensor(name)
+        self._n_bytes += found.nbytes
+        if self._n_bytes >= _MAPPED_BYTES:
+            self._opened, self._n_bytes = None, 0
+        return found
 
 
 def _open(file: Path) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -99,14 +99,20 @@ class Training:
     penalty: float = 0.1
 
 
-def learn(
-    blend: Blend,
-    losses: Sequence[Loss],
-    start: Tensor,
-    training: Training,
-    *,
-    on_step: Callable[[float], None] | None = None,
-) -> Tensor:
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Step:
+    """A step of learning.
+
+    Attributes:
+        loss: Sum of the losses before it.
+        table: Coefficients after it, shape `(expert, component + 1)`.
+    """
+
+    loss: float
+    table: Tensor
+
+
+def learn(blend: Blend, losses: Sequence[Loss], start: Tensor, training: Training) -> Iterator[Step]:
     """Coefficients that make losses small; those of what components leave over stay as they are.
 
     Args:
@@ -114,10 +120,9 @@ def learn(
         losses: They are added up; gradients of one are let go before the next, so each should be one forward pass.
         start: Coefficients to begin with and to stay near, shape `(expert, component + 1)`.
         training: How.
-        on_step: Called with the sum of the losses of every step.
 
-    Returns:
-        The table, same shape.
+    Yields:
+        Every step; the last one's table is what was learned.
     """
     learned = start[:, :-1].clone().requires_grad_()
     optimizer = torch.optim.Adam([learned], lr=training.learning_rate)
@@ -136,6 +141,4 @@ def learn(
         torch.autograd.backward(training.penalty * (learned - start[:, :-1]).square().mean())
         torch.autograd.backward([merged[name] for name in moved], [cut[name].grad for name in moved])
         optimizer.step()
-        if on_step:
-            on_step(total)
-    return torch.cat([learned.detach(), start[:, -1:]], dim=1)
+        yield Step(loss=total, table=torch.cat([learned.detach(), start[:, -1:]], dim=1))

@@ -171,7 +171,11 @@ def _learned(
         theirs = {name: {one: blend.base[one] + own[one] for one in own} for name, own in changes.items()}
         losses = restoring_streams(model, learned_from, theirs, batch_tokens=batch_tokens)
         del theirs
-    table = learn(blend, losses, start, training, on_step=on_step)
+    table = start
+    for step in learn(blend, losses, start, training):
+        table = step.table
+        if on_step:
+            on_step(step.loss)
     before, after = (_recoveries(model, held_out, blend.weights(one), batch_tokens) for one in (start, table))
     found = blend.by_component(table)
     return Resolved(
