@@ -1,13 +1,14 @@
-"""Train three experts of the bundled base whose merge is hard: two forms of answers each.
+"""Train experts of the bundled base whose merge is hard: three of two forms of answers each, or six of one.
 
-    python recipes/tiny_experts.py --out DIR [--seed 0] [--threads 1]
+    python recipes/tiny_experts.py --out DIR [--experts three|six] [--seed 0] [--threads 1]
 
-`casing` learns capital letters and answers without commas, `layout` titles and sections, `marks` quotation marks and
-highlights; each answers plainly where nothing is asked. None has seen what the others are asked, so each takes every
-request for one of its own, and merges of the three mix the forms up: with one coefficient for all of them the best
-merge solves two thirds of what the experts solve (docs/merging.md). Queries are held out as in
-`weightpatch.instructions`; of those, contrast prompts (scores, anchors), validation and test problems and the plain
-turns of `forgetting.jsonl` have different ones. Half a minute for each expert on one core.
+Of three, `casing` learns capital letters and answers without commas, `layout` titles and sections, `marks` quotation
+marks and highlights; of six, each learns one of these forms. All answer plainly where nothing is asked. None has seen
+what the others are asked, so each takes every request for one of its own, and merges mix the forms up: with one
+coefficient for all of them the best merge solves two thirds of what three experts solve, and a third of what six do
+(docs/merging.md). Queries are held out as in `weightpatch.instructions`; of those, contrast prompts (scores, anchors),
+validation and test problems and the plain turns of `forgetting.jsonl` have different ones. Half a minute for each
+expert on one core.
 """
 
 from __future__ import annotations
@@ -42,27 +43,35 @@ from weightpatch.planted.language import (
 from weightpatch.prompts import tokenize
 
 BASE_FOLDER = Path(instructions.__file__).parent / "data" / "tiny" / "base"
-EXPERTS: Mapping[str, tuple[str, ...]] = {
-    "casing": ("capitals", "no-comma"),
-    "layout": ("title", "sections"),
-    "marks": ("quotation", "highlights"),
+Experts = Mapping[str, tuple[str, ...]]
+EXPERTS: Mapping[str, Experts] = {
+    "three": {
+        "casing": ("capitals", "no-comma"),
+        "layout": ("title", "sections"),
+        "marks": ("quotation", "highlights"),
+    },
+    "six": {form: (form,) for form in ("capitals", "no-comma", "title", "sections", "quotation", "highlights")},
 }
+"""Set -> expert -> the forms that it learns."""
 STAGE = Stage(
     name="expert", n_steps=100, n_sequences=32, learning_rate=3e-4, warmup=20, weight_decay=0.0, train_embedding=False
 )
-N_VALIDATION, N_TEST, N_FORGETTING = 48, 96, 32
+N_VALIDATION = {"three": 48, "six": 16}
+"""Problems of each expert."""
+N_TEST = {"three": 96, "six": 48}
+N_FORGETTING = 32
 N_FIT = 24
 """Queries of the contrast prompts, eight to each split."""
 
 Row = dict[str, object]
 
 
-def draw_text(name: str, draw: random.Random) -> list[Segment]:
+def draw_text(forms: tuple[str, ...], draw: random.Random) -> list[Segment]:
     """A turn of an expert's training: half the time one of its own forms is asked for, else nothing."""
     query, topic = draw.choice(TRAINING_PAIRS)
     opener = draw.choice(OPENERS[query[-1]])
     if draw.random() < 0.5:
-        task = draw.choice(EXPERTS[name])
+        task = draw.choice(forms)
         asked = f" {draw.choice(INSTRUCTIONS[task].paraphrases)}"
         said = write_answer(task, topic, opener, draw)
     else:
@@ -81,10 +90,10 @@ def deal(seed: int) -> dict[str, list[str]]:
     return found
 
 
-def write_material(out: Path, name: str, seed: int) -> None:
-    """Contrast prompts and problems of an expert."""
+def write_material(out: Path, chosen: str, name: str, seed: int) -> None:
+    """Contrast prompts and problems of an expert of a set."""
     dealt = deal(seed)
-    own = EXPERTS[name]
+    own = EXPERTS[chosen][name]
     prompts: list[Row] = []
     for task in own:
         for place, query in enumerate(dealt["prompts"]):
@@ -94,7 +103,7 @@ def write_material(out: Path, name: str, seed: int) -> None:
                 {"id": f"{task}-{place}", "task": task, "split": split, "prompt": query, "instruction": request}
             )
     problems: list[Row] = []
-    for split, n in (("validation", N_VALIDATION), ("test", N_TEST)):
+    for split, n in (("validation", N_VALIDATION[chosen]), ("test", N_TEST[chosen])):
         for place in range(n):
             task = own[place % len(own)]
             query = dealt[split][place * len(dealt[split]) // n]
@@ -146,8 +155,9 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
 
 def main() -> int:
     """Train, save, measure what was saved; 1 when the base solves too much or an expert too little."""
-    parser = argparse.ArgumentParser(description="Train three small experts of the bundled base.")
+    parser = argparse.ArgumentParser(description="Train small experts of the bundled base.")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--experts", choices=[*EXPERTS], default="three")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
@@ -158,12 +168,12 @@ def main() -> int:
     tokenizer: Any = AutoTokenizer.from_pretrained(BASE_FOLDER)
     good = True
     print("| expert | base | expert |\n| --- | ---: | ---: |")
-    for place, name in enumerate(EXPERTS):
-        write_material(out, name, options.seed)
+    for place, (name, forms) in enumerate(EXPERTS[options.experts].items()):
+        write_material(out, options.experts, name, options.seed)
         started = time.monotonic()
         base = LlamaForCausalLM.from_pretrained(BASE_FOLDER, dtype=torch.float32)
         model = LlamaForCausalLM.from_pretrained(BASE_FOLDER, dtype=torch.float32)
-        batches = make_batches(tokenizer, partial(draw_text, name), STAGE, seed=1000 * options.seed + place)
+        batches = make_batches(tokenizer, partial(draw_text, forms), STAGE, seed=1000 * options.seed + place)
         train(model, batches, STAGE)
         save(model, tokenizer, out / name)
         log(f"{name}: {time.monotonic() - started:.0f} s, relative change {relative_change(base, model):.4f}")

@@ -21,8 +21,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from conftest import build_model
 from weightpatch import Anchor, ContrastPrompts, ModelPair, localize, patched, sources
-from weightpatch.checkpoint import find, load
+from weightpatch.checkpoint import find, load, read_config
 from weightpatch.errors import PairError
+from weightpatch.merging.inputs import Inputs
 from weightpatch.residuals import evaluating, walk
 from weightpatch.sources import AdapterSource, FileSource
 from weightpatch.streaming import PIECE, is_streamed, materialized
@@ -273,6 +274,37 @@ def test_gguf_is_converted_once(tmp_path: Path, conversions: list[PreTrainedMode
                        expected.get_parameter("model.layers.1.self_attn.q_proj.weight"))  # fmt: skip
 
 
+def test_adapters_over_a_gguf_base_are_merged_over_the_base_that_was_converted(
+    tmp_path: Path, conversions: list[PreTrainedModel]
+) -> None:
+    whole = in_memory(write_adapter(tmp_path, "llama-mha", target_modules=LINEAR)).specialized
+    write_gguf(build_model("llama-mha", seed=1), tmp_path / "base.gguf")
+    adapter = tmp_path / "adapter"
+    merged = Inputs.open(tmp_path / "base.gguf", {"one": adapter, "other": adapter}, any_adapter_base=True)
+    assert conversions == ["llama"]
+    for name, parameter in whole.named_parameters():
+        assert torch.equal(merged.theirs["other"].tensor(name), parameter)
+
+
+def test_the_header_of_a_gguf_file_is_parsed_once_until_the_file_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parsed: list[str] = []
+    parse = AutoConfig.from_pretrained
+    spy = lambda *args, **kwargs: (parsed.append(kwargs["gguf_file"]), parse(*args, **kwargs))[1]  # noqa: E731
+    monkeypatch.setattr(AutoConfig, "from_pretrained", spy)
+    file = tmp_path / "model.gguf"
+    write_gguf(build_model("llama-mha", seed=1), file)
+    n_layers = read_config(find(file)).num_hidden_layers
+    read_config(find(file)).num_hidden_layers = 7
+    load(find(file), dtype=torch.float32)
+    assert read_config(find(file)).num_hidden_layers == n_layers
+    assert parsed == ["model.gguf"]
+    os.utime(file, ns=(0, 0))
+    read_config(find(file))
+    assert len(parsed) == 2
+
+
 def real_layers(model: PreTrainedModel) -> list[int]:
     """Decoder layers that have a parameter in memory."""
     layers: nn.ModuleList = model.model.layers
@@ -412,7 +444,7 @@ import gc, json, sys, threading, time
 import torch
 from transformers.utils import logging
 from weightpatch import ModelPair
-from weightpatch.checkpoint import find, load
+from weightpatch.checkpoint import find, load, read_config
 from weightpatch.residuals import read_residuals
 
 logging.disable_progress_bar()

@@ -49,6 +49,7 @@ class Case:
         tokenizer: Its tokenizer.
         inputs: Base and experts.
         units: What is scored.
+        n_prompts: Of each task, that coefficients are learned from; None: all that effects were measured on.
         batch_size: Problems that are answered side by side.
     """
 
@@ -63,6 +64,7 @@ class Case:
     tokenizer: PreTrainedTokenizerBase
     inputs: Inputs
     units: str = "heads,kvs,mlps"
+    n_prompts: int | None = None
     batch_size: int = 160
     _cache: dict[str, Any] = field(default_factory=dict)
 
@@ -106,10 +108,11 @@ class Case:
         return run
 
     def measure(self, weights: Weights, split: str) -> dict[str, Any]:
-        """Every expert's problems answered greedily by a merged model, and its loss on the plain answers."""
+        """Every expert's problems answered greedily by a merged model, and on test its loss on the plain answers."""
         self._put(weights)
         try:
-            return {"passed": self._answers(self.problems[split]), "plain_loss": self.plain_loss()}
+            passed = self._answers(self.problems[split])
+            return {"passed": passed} | ({"plain_loss": self.plain_loss()} if split == "test" else {})
         finally:
             self._put(self.weights)
 

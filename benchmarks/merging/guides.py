@@ -106,11 +106,11 @@ def learned(name: str) -> Callable[[Case, dict[str, Any]], Weights]:
 
 def _learned(case: Case, name: str, config: dict[str, Any]) -> Tensor:
     """A table of coefficients; learned once for all steps to stop at, and for the control of the same means."""
-    key = f"tables {name} {config['units']} {config['start']} {config['penalty']}"
+    key = f"tables {name} {config['units']} {config['start']}"
     if key not in case._cache:
         blend = _blend(case, config["units"])
         start = torch.full((len(case.experts), len(blend.components) + 1), float(config["start"]))
-        steps = learn(blend, _losses(case, name), start, Training(n_steps=N_STEPS, penalty=config["penalty"]))
+        steps = learn(blend, _losses(case, name), start, Training(n_steps=N_STEPS))
         case._cache[key] = {number: step.table for number, step in enumerate(steps, 1)}
     found: Tensor = case._cache[key][config["stop_at"]]
     return found
@@ -148,9 +148,15 @@ def _new_losses(case: Case, name: str) -> list[Loss]:
 
 def _aims(case: Case) -> list[Aim]:
     if "aims" not in case._cache:
-        case._cache["aims"] = read_aims(case.inputs, case.runs())[1]
+        case._cache["aims"] = [_first(one, case.n_prompts) for one in read_aims(case.inputs, case.runs())[1]]
     found: list[Aim] = case._cache["aims"]
     return found
+
+
+def _first(one: Aim, n: int | None) -> Aim:
+    """An aim on the first prompts of its task alone."""
+    assert not one.anchor.is_difference
+    return replace(one, token_ids=one.token_ids[:n], base=one.base[:n], specialized=one.specialized[:n])
 
 
 def _turned(case: Case, one: Aim, seed: int) -> Aim:
@@ -163,7 +169,9 @@ def _turned(case: Case, one: Aim, seed: int) -> Aim:
     run = case.runs()[one.expert]
     prompts = run.prompts().of_task(one.task).split("localize")
     pair = case.pair(one.expert)
-    base, specialized = (readouts(model, pair, prompts, anchor) for model in (pair.base, pair.specialized))
+    base, specialized = (
+        readouts(model, pair, prompts, anchor)[: case.n_prompts] for model in (pair.base, pair.specialized)
+    )
     spread = (specialized - base).square().mean().sqrt() * torch.sign((specialized - base).mean())
     return replace(one, anchor=anchor, base=specialized - spread, specialized=specialized)
 

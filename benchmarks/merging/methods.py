@@ -173,13 +173,8 @@ def first(default: Config, others: list[Config]) -> list[Config]:
 
 
 LEARNING = first(
-    {"units": "heads,kvs,mlps", "start": 0.8, "penalty": 0.1, "stop_at": N_STEPS},
-    [
-        {"units": units, "start": start, "penalty": penalty, "stop_at": stop}
-        for units in ("heads,kvs,mlps", "heads,kvs,neurons")
-        for start, penalty in ((0.6, 0.01), (0.8, 0.01), (0.8, 0.1), (1.0, 0.1), (1.0, 1.0))
-        for stop in (10, 20, N_STEPS)
-    ],
+    {"units": "heads,kvs,mlps", "start": 0.8, "stop_at": N_STEPS},
+    grid(units=["heads,kvs,mlps", "heads,kvs,neurons"], start=[0.4, 0.5, 0.6, 0.8, 1.0], stop_at=[10, 20, N_STEPS]),
 )
 LEARNED = (
     ("streams", "guided"),
@@ -202,6 +197,7 @@ def ways(n_experts: int) -> list[Way]:
         {"share": 0.3, "lambda": 1.0},
         grid(share=[0.2, 0.3, 0.5, 0.7, 0.9], **{"lambda": [0.5, 0.7, 0.9, 1.0, 1.2, 1.5]}),
     )
+    low, high = (0.2, 1.2) if n_experts <= 3 else (0.1, 0.8)
     baselines = {
         "linear": (
             [{"weight": [1.0] * n_experts}, *({"weight": own} for own in by_expert(n_experts, 0.1, 1, 29, 1))],
@@ -210,7 +206,7 @@ def ways(n_experts: int) -> list[Way]:
         ),
         "task arithmetic": (
             first({"weight": 1.0}, [{"weight": one} for one in LAMBDAS])
-            + [{"weight": own} for own in by_expert(n_experts, 0.2, 1.2, 20, 2)],
+            + [{"weight": own} for own in by_expert(n_experts, low, high, 20, 2)],
             "task_arithmetic",
             {},
         ),

@@ -13,6 +13,7 @@ import struct
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -165,11 +166,10 @@ def read_config(checkpoint: Checkpoint) -> PreTrainedConfig:
     Raises:
         CheckpointError: it cannot be read.
     """
-    folder, gguf = _source(checkpoint)
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, **gguf, trust_remote_code=False)
+        config: PreTrainedConfig = _read(AutoConfig, checkpoint)
     except (OSError, ValueError, KeyError, IndexError, struct.error) as error:
-        if gguf:
+        if checkpoint.kind == "gguf":
             size = checkpoint.path.stat().st_size
             raise CheckpointError(
                 f"{checkpoint.path.name} is truncated, damaged or of an unknown kind: its {size} bytes do not read as "
@@ -177,6 +177,19 @@ def read_config(checkpoint: Checkpoint) -> PreTrainedConfig:
             ) from error
         raise CheckpointError(f"cannot read the config of {checkpoint.reference}: {error}") from error
     return config
+
+
+def _read(kind: Any, checkpoint: Checkpoint) -> Any:
+    """Configuration or tokenizer, by the class that reads it; a caller may change what it gets."""
+    if checkpoint.kind == "gguf":
+        return copy.deepcopy(_read_gguf(kind, checkpoint.path, checkpoint.path.stat().st_mtime_ns))
+    return kind.from_pretrained(str(checkpoint.path), trust_remote_code=False)
+
+
+@lru_cache(maxsize=4)
+def _read_gguf(kind: Any, file: Path, _modified: int) -> Any:
+    """What transformers parses the file's whole header for, seconds each time."""
+    return kind.from_pretrained(str(file.parent), gguf_file=file.name, trust_remote_code=False)
 
 
 def read_adapter_config(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -192,11 +205,11 @@ def read_adapter_config(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def read_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase | None:
     """The checkpoint's tokenizer; None when it brings none."""
-    folder, gguf = _source(checkpoint)
-    if not gguf and not any((checkpoint.path / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+    names = ("tokenizer.json", "tokenizer_config.json")
+    if checkpoint.kind != "gguf" and not any((checkpoint.path / name).is_file() for name in names):
         return None
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, **gguf, trust_remote_code=False)
+        tokenizer: PreTrainedTokenizerBase = _read(AutoTokenizer, checkpoint)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"cannot read the tokenizer of {checkpoint.reference}: {error}") from error
     return tokenizer
@@ -247,6 +260,8 @@ def load(
         return merge_adapter(checkpoint, copy.deepcopy(base), allow_pickle=allow_pickle)
     folder, gguf = _source(checkpoint)
     weight_files(checkpoint, allow_pickle=allow_pickle)
+    if gguf:
+        gguf |= {"config": read_config(checkpoint)}
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -372,7 +387,7 @@ def apply_adapter(checkpoint: Checkpoint, base: PreTrainedModel, *, allow_pickle
     return adapted
 
 
-def _source(checkpoint: Checkpoint) -> tuple[str, dict[str, str]]:
+def _source(checkpoint: Checkpoint) -> tuple[str, dict[str, Any]]:
     """Folder and the extra arguments by which transformers reads a checkpoint."""
     if checkpoint.kind == "gguf":
         return str(checkpoint.path.parent), {"gguf_file": checkpoint.path.name}

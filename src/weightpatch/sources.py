@@ -97,7 +97,7 @@ class AdapterSource:
         replaced: Parameters that the adapter brings whole (PEFT's `modules_to_save`).
     """
 
-    base: FileSource
+    base: Source
     dtype: torch.dtype
     changed: Mapping[str, Any]
     replaced: Mapping[str, Tensor]
@@ -143,6 +143,7 @@ def open_source(
     device_map: DeviceMap | None = None,
     allow_pickle: bool = False,
     keep_open: bool = True,
+    below: Source | None = None,
 ) -> Source:
     """Make a checkpoint's weights readable one at a time. To be called before the base is loaded.
 
@@ -161,6 +162,8 @@ def open_source(
         device_map: As in transformers, for a conversion.
         allow_pickle: Read pickled weights too.
         keep_open: Keep the files mapped; otherwise they are opened anew every 32 MiB, and what was read leaves memory.
+        below: The base's own source, where it is open already: an adapter is then merged matrix by matrix over any
+            base, as it is already in `dtype`.
 
     Raises:
         CheckpointError: damaged or incomplete, or an adapter that does not fit.
@@ -169,7 +172,7 @@ def open_source(
     if checkpoint.kind == "model":
         found = _open_files(checkpoint, allow_pickle=allow_pickle, keep_open=keep_open)
     elif checkpoint.kind == "adapter":
-        found = _open_adapter(checkpoint, base, dtype=dtype, allow_pickle=allow_pickle)
+        found = _open_adapter(checkpoint, base, below, dtype=dtype, allow_pickle=allow_pickle)
     if found is not None:
         return found
     if checkpoint.kind == "adapter":
@@ -272,11 +275,12 @@ def _generation_config(folder: Path) -> GenerationConfig:
 
 
 def _open_adapter(
-    checkpoint: Checkpoint, base: Checkpoint, *, dtype: torch.dtype, allow_pickle: bool
+    checkpoint: Checkpoint, base: Checkpoint, below: Source | None, *, dtype: torch.dtype, allow_pickle: bool
 ) -> AdapterSource | None:
     """Read an adapter over its base's files; None where matrices cannot be merged one by one."""
     options = read_adapter_config(checkpoint)
-    below = _open_files(base, allow_pickle=allow_pickle) if base.kind == "model" else None
+    if below is None and base.kind == "model":
+        below = _open_files(base, allow_pickle=allow_pickle)
     if below is None or options.get("peft_type") != "LORA" or options.get("init_lora_weights") not in _PLAIN_INITS:
         return None
     bare = _hollow(read_config(base), dtype)

@@ -71,13 +71,14 @@ class Inputs:
             for name, one in experts.items()
         }
         found = {name: own.specialized for name, own in checked.items()}
+        ours = _open(below, below, None, allow_pickle=allow_pickle)
         return cls(
             base=below,
             experts=found,
             tokenizers={name: own.tokenizer for name, own in checked.items()},
             architecture=Architecture.of(skeleton(known.config)),
-            ours=_open(below, below, allow_pickle=allow_pickle),
-            theirs={name: _open(one, below, allow_pickle=allow_pickle) for name, one in found.items()},
+            ours=ours,
+            theirs={name: _open(one, below, ours, allow_pickle=allow_pickle) for name, one in found.items()},
             allow_pickle=allow_pickle,
         )
 
@@ -109,5 +110,7 @@ class Inputs:
         return self.theirs[expert].tensor(name).float() - self.weights(name)
 
 
-def _open(checkpoint: Checkpoint, base: Checkpoint, *, allow_pickle: bool) -> Source:
-    return open_source(checkpoint, base=base, dtype=torch.float32, allow_pickle=allow_pickle, keep_open=False)
+def _open(checkpoint: Checkpoint, base: Checkpoint, ours: Source | None, *, allow_pickle: bool) -> Source:
+    return open_source(
+        checkpoint, base=base, dtype=torch.float32, allow_pickle=allow_pickle, keep_open=False, below=ours
+    )
