@@ -11,11 +11,14 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 import flow_oracle
-from weightpatch import ContrastPrompts, ModelPair
+from weightpatch import ContrastPrompts, ModelPair, sources
+from weightpatch.architecture import Architecture
+from weightpatch.checkpoint import find, load
 from weightpatch.component import UNITS, Component, components
+from weightpatch.sources import FileSource
 
 _SIZES = {"num_hidden_layers": 3, "hidden_size": 24, "num_attention_heads": 4, "vocab_size": 61}
 _GATED = {**_SIZES, "intermediate_size": 20, "max_position_embeddings": 64}
@@ -123,3 +126,30 @@ def token_prompts() -> ContrastPrompts:
     return ContrastPrompts.from_token_ids(
         with_instruction=with_instruction, without_instruction=[ids[:-2] for ids in with_instruction]
     )
+
+
+@pytest.fixture
+def conversions(monkeypatch: pytest.MonkeyPatch) -> list[PreTrainedModel]:
+    """One entry for each checkpoint that had to be converted to be streamed."""
+    seen: list[PreTrainedModel] = []
+    convert = sources._convert
+
+    def spy(whole: PreTrainedModel) -> FileSource:
+        seen.append(whole.config.model_type)
+        return convert(whole)
+
+    monkeypatch.setattr(sources, "_convert", spy)
+    return seen
+
+
+@pytest.fixture(scope="module")
+def base() -> LlamaForCausalLM:
+    """The bundled base, for the tests that have none of their own."""
+    model = load(find("tiny:base"), dtype=torch.float32)
+    assert isinstance(model, LlamaForCausalLM)
+    return model
+
+
+@pytest.fixture(scope="module")
+def architecture(base: LlamaForCausalLM) -> Architecture:
+    return Architecture.of(base)

@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM
 from plants import ANCHOR_LAYER, design_of, weights_of
 from weightpatch import Anchor, ContrastPrompts, ModelPair, localize
 from weightpatch.architecture import Architecture
-from weightpatch.checkpoint import find, load, read_tokenizer
+from weightpatch.checkpoint import find, read_tokenizer
 from weightpatch.cli import main
 from weightpatch.component import Component, slices
 from weightpatch.errors import ComponentError, RunError
@@ -34,18 +34,6 @@ from weightpatch.planted.scoring import (
     summarize,
 )
 from weightpatch.planted.suite import Suite, finish_suite, make_plant, places, write_plant
-
-
-@pytest.fixture(scope="module")
-def base() -> LlamaForCausalLM:
-    model = load(find("tiny:base"), dtype=torch.float32)
-    assert isinstance(model, LlamaForCausalLM)
-    return model
-
-
-@pytest.fixture(scope="module")
-def architecture(base: LlamaForCausalLM) -> Architecture:
-    return Architecture.of(base)
 
 
 def untrained(base: LlamaForCausalLM, architecture: Architecture, design: Design) -> Plant:

@@ -15,24 +15,12 @@ from transformers import LlamaForCausalLM
 
 from plants import design_of, weights_of
 from weightpatch.architecture import Architecture
-from weightpatch.checkpoint import find, load, read_tokenizer
+from weightpatch.checkpoint import find, read_tokenizer
 from weightpatch.component import Component, slices
 from weightpatch.planted.language import texts_of
 from weightpatch.planted.low_rank import LowRank
 from weightpatch.planted.planting import TINY_COURSE, Check, pass_rate_with, plant
 from weightpatch.planted.training import IGNORED, Lesson, Schedule, answer_loss, train
-
-
-@pytest.fixture(scope="module")
-def base() -> LlamaForCausalLM:
-    model = load(find("tiny:base"), dtype=torch.float32)
-    assert isinstance(model, LlamaForCausalLM)
-    return model
-
-
-@pytest.fixture(scope="module")
-def architecture(base: LlamaForCausalLM) -> Architecture:
-    return Architecture.of(base)
 
 
 def test_training_moves_a_difference_towards_its_lesson_and_leaves_the_base(base: LlamaForCausalLM) -> None:
