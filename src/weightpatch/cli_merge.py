@@ -34,7 +34,7 @@ def merge(
     policy: Annotated[
         Literal["uniform", "soft", "top", "owner", "sources", "anchors", "streams"] | None,
         typer.Option(
-            help="From runs to coefficients (anchors). uniform: task arithmetic, needs no run. soft, top, owner: by "
+            help="From runs to coefficients (streams). uniform: task arithmetic, needs no run. soft, top, owner: by "
             "ranks of recovery. sources: the components with this role. anchors: learned, so that every anchor is "
             "restored. streams: learned, so that residual streams are restored where anchors are read."
         ),

@@ -42,7 +42,7 @@ class Rule:
         training: Of `anchors` and `streams`, which start from the experts' weights and stay near them.
     """
 
-    policy: Choice = "anchors"
+    policy: Choice = "streams"
     units: str | None = None
     rest: Rest = "task-arithmetic"
     temperature: float = TEMPERATURE
