@@ -4,9 +4,8 @@
 
 The same planting as the suite `tiny` (docs/planted.md), in a real language model: carriers learn to put an answer in
 quotation marks, distractors learn to put a title over it, everything else drifts on plain answers. All
-answers are the base's own, cut to one sentence. **Not finished**: one plant has taken, the groups of `plants/smollm2`;
-the others were not tried with these settings (LOG.md, 2026-11-28). A design takes half an hour on one core, more on an
-old one. Interrupted, the same command goes on behind the last lesson that ended.
+answers are the base's own, cut to one sentence. What came of it stands in `plants/smollm2`. A design takes half an hour
+to an hour on one core that makes 36 gigaflops. Interrupted, the same command goes on behind the last lesson that ended.
 """
 
 from __future__ import annotations
