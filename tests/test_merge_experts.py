@@ -190,8 +190,11 @@ def test_learned_coefficients_restore_held_out_anchors_better_than_equal_ones(le
     assert after < before / 2
 
 
-def test_restored_streams_restore_held_out_anchors_that_they_were_not_learned_from(experts: dict[str, Expert]) -> None:
-    found = decide(experts, rule=Rule(policy="streams", training=FEW)).resolved.restored
+@pytest.mark.parametrize("policy", ["streams", "outputs"])
+def test_restored_streams_and_outputs_restore_held_out_anchors_that_they_were_not_learned_from(
+    policy: Choice, experts: dict[str, Expert]
+) -> None:
+    found = decide(experts, rule=Rule(policy=policy, training=FEW)).resolved.restored
     assert sum((one.after - 1) ** 2 for one in found) < sum((one.before - 1) ** 2 for one in found)
 
 

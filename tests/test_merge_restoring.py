@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from transformers import PreTrainedModel
 
 from conftest import build_model
 from weightpatch import Anchor
-from weightpatch.merging.restoring import Aim, restoring, restoring_streams
+from weightpatch.merging.learning import Loss
+from weightpatch.merging.restoring import Aim, restoring, restoring_outputs, restoring_streams
 
 DRAW = torch.Generator().manual_seed(5)
 
@@ -108,7 +111,34 @@ def test_streams_are_restored_by_their_squared_distances_in_that_of_base_and_exp
     assert sum(float(loss(weights_of(models["merge"]))) for loss in losses) == pytest.approx(wanted, rel=1e-4)
 
 
-def test_nothing_is_left_to_restore_in_the_expert_itself(models: dict[str, PreTrainedModel], aims: list[Aim]) -> None:
+@pytest.mark.parametrize("batch_tokens", [1, 20, 4096])
+def test_outputs_are_restored_by_the_divergence_from_the_experts_next_token(
+    models: dict[str, PreTrainedModel], aims: list[Aim], batch_tokens: int
+) -> None:
+    plain = aims[:2]
+    experts = {name: weights_of(models[name]) for name in ("one", "two")}
+    wanted = 0.0
+    for one in plain:
+        for ids in one.token_ids:
+            with torch.no_grad():
+                theirs, merged = (
+                    models[name](input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+                    for name in (one.expert, "merge")
+                )
+            divergence = (theirs.exp() * (theirs - merged)).sum(-1)
+            read = [float(divergence[position]) for position in one.anchor.positions]
+            wanted += sum(read) / len(read) / len(one.token_ids) / len(plain)
+    losses = restoring_outputs(models["base"], plain, experts, batch_tokens=batch_tokens)
+    assert (len(losses) == 1) == (batch_tokens == 4096)
+    assert sum(float(loss(weights_of(models["merge"]))) for loss in losses) == pytest.approx(wanted, rel=1e-4)
+
+
+@pytest.mark.parametrize("restoring_what", [restoring_streams, restoring_outputs])
+def test_nothing_is_left_to_restore_in_the_expert_itself(
+    models: dict[str, PreTrainedModel],
+    aims: list[Aim],
+    restoring_what: Callable[..., list[Loss]],
+) -> None:
     own = [one for one in aims if one.expert == "one"]
-    (loss,) = restoring_streams(models["base"], own, {"one": weights_of(models["one"])})
+    (loss,) = restoring_what(models["base"], own, {"one": weights_of(models["one"])})
     assert float(loss(weights_of(models["one"]))) < 1e-9 < float(loss(weights_of(models["base"])))

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from cases import Case, Weights, logits_with
 from torch import Tensor
-from torch.nn import functional
 
 from weightpatch.anchor import Anchor
 from weightpatch.component import Component, components
@@ -20,7 +19,7 @@ from weightpatch.localization import localize
 from weightpatch.merging.experts import read_scores
 from weightpatch.merging.learning import Blend, Loss, Training, learn
 from weightpatch.merging.resolving import read_aims
-from weightpatch.merging.restoring import Aim, restoring, restoring_streams
+from weightpatch.merging.restoring import Aim, restoring, restoring_outputs, restoring_streams
 from weightpatch.residuals import BATCH_TOKENS, batches, pad
 
 UNIFORM = ", uniform of the same means"
@@ -132,18 +131,25 @@ def _losses(case: Case, name: str) -> list[Loss]:
 
 
 def _new_losses(case: Case, name: str) -> list[Loss]:
+    if name == "streams and KL":
+        return [*_losses(case, "KL to the experts"), *map(_ten_times, _losses(case, "streams"))]
     aims = _aims(case)
     if name == "anchors":
         return restoring(case.model, aims)
     if name == "anchors, random directions":
         return restoring(case.model, [_turned(case, one, place) for place, one in enumerate(aims)])
-    if name == "streams":
-        theirs = {
-            expert: {key: case.weights[key] + change for key, change in own.items()}
-            for expert, own in case.changes().items()
-        }
-        return restoring_streams(case.model, aims, theirs)
-    return _through_outputs(case, aims, name)
+    if name == "entropy":
+        return _entropies(case, aims)
+    theirs = {
+        expert: {key: case.weights[key] + change for key, change in own.items()}
+        for expert, own in case.changes().items()
+    }
+    restored = restoring_streams if name == "streams" else restoring_outputs
+    return restored(case.model, aims, theirs)
+
+
+def _ten_times(loss: Loss) -> Loss:
+    return lambda weights: 10 * loss(weights)
 
 
 def _aims(case: Case) -> list[Aim]:
@@ -176,40 +182,21 @@ def _turned(case: Case, one: Aim, seed: int) -> Aim:
     return replace(one, anchor=anchor, base=specialized - spread, specialized=specialized)
 
 
-def _through_outputs(case: Case, aims: list[Aim], name: str) -> list[Loss]:
-    """Losses on the next token's distribution behind every prompt of all aims."""
+def _entropies(case: Case, aims: list[Aim]) -> list[Loss]:
+    """Entropies of the next token behind every prompt: AdaMerging's objective (arXiv:2310.02575)."""
     experts = [aim.expert for aim in aims]
     shares = [1 / (len(set(experts)) * experts.count(one.expert) * len(one.token_ids)) for one in aims]
-    asked = [(place, ids) for place, one in enumerate(aims) for ids in one.token_ids]
-    wanted: dict[tuple[str, tuple[int, ...]], Tensor] = {}  # two experts may share a prompt
-    for expert in dict.fromkeys(experts):
-        theirs = {key: case.weights[key] + change for key, change in case.changes()[expert].items()}
-        own = [ids for place, ids in asked if aims[place].expert == expert]
-        with torch.no_grad():
-            wanted |= zip([(expert, ids) for ids in own], _last_logits(case, theirs, own), strict=True)
+    asked = [(share, ids) for share, one in zip(shares, aims, strict=True) for ids in one.token_ids]
     found: list[Loss] = []
     for chosen in batches([ids for _, ids in asked], BATCH_TOKENS):
         token_ids = [asked[row][1] for row in chosen]
-        share = torch.tensor([shares[asked[row][0]] for row in chosen])
-        target = torch.stack([wanted[experts[place], ids] for place, ids in (asked[row] for row in chosen)])
+        share = torch.tensor([asked[row][0] for row in chosen])
 
-        def loss(
-            weights: Weights,
-            token_ids: list[tuple[int, ...]] = token_ids,
-            share: Tensor = share,
-            target: Tensor = target,
-        ) -> Tensor:
-            logits = _last_logits(case, weights, token_ids)
-            if name == "entropy":
-                return -(share * (logits.exp() * logits).sum(dim=-1)).sum()
-            return (share * functional.kl_div(logits, target, log_target=True, reduction="none").sum(dim=-1)).sum()
+        def loss(weights: Weights, token_ids: list[tuple[int, ...]] = token_ids, share: Tensor = share) -> Tensor:
+            last = torch.tensor([len(ids) - 1 for ids in token_ids])
+            logits = logits_with(case.model, weights, pad(token_ids, case.model.device))
+            found = logits[torch.arange(len(last)), last].log_softmax(dim=-1)
+            return -(share * (found.exp() * found).sum(dim=-1)).sum()
 
         found.append(loss)
     return found
-
-
-def _last_logits(case: Case, weights: Weights, token_ids: list[tuple[int, ...]]) -> Tensor:
-    """Log-probabilities of what follows each sequence, shape `(sequence, token)`."""
-    last = torch.tensor([len(ids) - 1 for ids in token_ids])
-    logits = logits_with(case.model, weights, pad(token_ids, case.model.device))
-    return logits[torch.arange(len(last)), last].log_softmax(dim=-1)

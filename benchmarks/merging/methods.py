@@ -177,6 +177,7 @@ LEARNING = first(
     grid(units=["heads,kvs,mlps", "heads,kvs,neurons"], start=[0.4, 0.5, 0.6, 0.8, 1.0], stop_at=[10, 20, N_STEPS]),
 )
 LEARNED = (
+    ("streams and KL", "guided"),
     ("streams", "guided"),
     ("anchors", "guided"),
     ("KL to the experts", "control"),

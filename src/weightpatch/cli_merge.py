@@ -32,11 +32,12 @@ def merge(
         Path | None, typer.Option(help="The merged folder; the same command continues an interrupted one.")
     ] = None,
     policy: Annotated[
-        Literal["uniform", "soft", "top", "owner", "sources", "anchors", "streams"] | None,
+        Literal["uniform", "soft", "top", "owner", "sources", "anchors", "streams", "outputs"] | None,
         typer.Option(
             help="From runs to coefficients (streams). uniform: task arithmetic, needs no run. soft, top, owner: by "
             "ranks of recovery. sources: the components with this role. anchors: learned, so that every anchor is "
-            "restored. streams: learned, so that residual streams are restored where anchors are read."
+            "restored. streams, outputs: learned, so that residual streams, or what the next token will be, are "
+            "restored where anchors are read."
         ),
     ] = None,
     units: Annotated[str | None, typer.Option(help="Units with coefficients; all that every run measured.")] = None,

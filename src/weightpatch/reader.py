@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from weightpatch.architecture import embedding_weight, family_of
@@ -82,12 +83,13 @@ class Readable(Protocol):
         ...
 
 
-def logits_of(model: PreTrainedModel, residual: Tensor) -> Tensor:
+def logits_of(model: PreTrainedModel, residual: Tensor, *, weights: Mapping[str, Tensor] | None = None) -> Tensor:
     """What the model's own norm, head and whatever it does to logits make of the last residual stream.
 
     Args:
         model: A model whose family has a row in the architecture table.
         residual: What leaves the last layer, shape `(row, position, feature)`.
+        weights: Parameters that stand in for the model's own of these names.
 
     Returns:
         Shape `(row, position, vocabulary)`.
@@ -106,7 +108,8 @@ def logits_of(model: PreTrainedModel, residual: Tensor) -> Tensor:
     stack._modules[name] = nn.ModuleList()
     try:
         nothing = torch.zeros(residual.shape[:2], dtype=torch.long, device=embedding_weight(model).device)
-        found: Tensor = model(input_ids=nothing, use_cache=False).logits
+        others = {key: own for key, own in (weights or {}).items() if not key.startswith(f"{family.layers}.")}
+        found: Tensor = functional_call(model, others, (), {"input_ids": nothing, "use_cache": False}).logits
     finally:
         stack._modules[name] = layers
         handle.remove()

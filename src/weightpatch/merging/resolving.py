@@ -15,13 +15,14 @@ from weightpatch.merging.experts import Expert, measured, open_run, read_scores,
 from weightpatch.merging.inputs import Inputs
 from weightpatch.merging.learning import Blend, Training, Weights, learn
 from weightpatch.merging.policies import SHARE, TEMPERATURE, Policy, only, weigh
-from weightpatch.merging.restoring import Aim, aim, restoring, restoring_streams
+from weightpatch.merging.restoring import Aim, aim, restoring, restoring_outputs, restoring_streams
 from weightpatch.residuals import BATCH_TOKENS
 
 if TYPE_CHECKING:
     from weightpatch.run import Run
 
-Choice = Literal["uniform", "soft", "top", "owner", "sources", "anchors", "streams"]
+Learned = Literal["anchors", "streams", "outputs"]
+Choice = Literal["uniform", "soft", "top", "owner", "sources", Learned]
 """`uniform`: every coefficient is the expert's weight (task arithmetic); `soft`, `top`, `owner`: by ranks of recovery
 (`policies.weigh`); `sources`: the components with this role; `anchors`: learned, so that all anchors are restored;
 `streams`: learned, so that residual streams are restored where anchors are read."""
@@ -39,7 +40,7 @@ class Rule:
         rest: What becomes of the rest.
         temperature: Of `soft`.
         share: Of `top`.
-        training: Of `anchors` and `streams`, which start from the experts' weights and stay near them.
+        training: Of `anchors`, `streams` and `outputs`, which start from the experts' weights and stay near them.
     """
 
     policy: Choice = "streams"
@@ -121,7 +122,7 @@ def resolve(
     rest = weights if rule.rest == "task-arithmetic" else dict.fromkeys(weights, 0.0)
     runs = {name: open_run(name, expert, inputs.base.reference) for name, expert in experts.items()}
     chosen = components(inputs.architecture, rule.units or units_of(runs))
-    if rule.policy == "anchors" or rule.policy == "streams":  # noqa: PLR1714  mypy narrows this form
+    if rule.policy == "anchors" or rule.policy == "streams" or rule.policy == "outputs":  # noqa: PLR1714  mypy narrows this form
         return _learned(
             inputs,
             runs,
@@ -154,7 +155,7 @@ def _learned(
     runs: Mapping[str, Run],
     chosen: Sequence[Component],
     *,
-    what: str,
+    what: Learned,
     training: Training,
     weights: Mapping[str, float],
     rest: Mapping[str, float],
@@ -169,7 +170,8 @@ def _learned(
         losses = restoring(model, learned_from, batch_tokens=batch_tokens)
     else:
         theirs = {name: {one: blend.base[one] + own[one] for one in own} for name, own in changes.items()}
-        losses = restoring_streams(model, learned_from, theirs, batch_tokens=batch_tokens)
+        restored = restoring_streams if what == "streams" else restoring_outputs
+        losses = restored(model, learned_from, theirs, batch_tokens=batch_tokens)
         del theirs
     table = start
     for step in learn(blend, losses, start, training):

@@ -1,4 +1,4 @@
-"""What coefficients are learned from: every expert's anchors, or the streams that they are read in.
+"""What coefficients are learned from: every expert's anchors, the streams that they are read in, or what comes out.
 
 A few dozen prompts of each expert, no labels, no generation.
 """
@@ -11,6 +11,7 @@ from itertools import accumulate
 
 import torch
 from torch import Tensor
+from torch.nn.functional import kl_div
 from transformers import PreTrainedModel
 
 from weightpatch.anchor import Anchor
@@ -19,6 +20,7 @@ from weightpatch.errors import MergeError
 from weightpatch.merging.learning import Loss, Weights
 from weightpatch.pair import ModelPair
 from weightpatch.prompts import ContrastPrompts
+from weightpatch.reader import logits_of
 from weightpatch.reading import inputs, reference
 from weightpatch.residuals import BATCH_TOKENS, batches, evaluating, pad, readout_index, walk
 
@@ -124,8 +126,8 @@ class Spot:
         return max(map(len, self.token_ids))
 
 
-Part = tuple[Spot, Callable[[Tensor], Tensor]]
-"""Where to read, and a loss on what is read there, shape `(layer, sequence, position, feature)`."""
+Part = tuple[Spot, Callable[[Tensor, Weights], Tensor]]
+"""Where to read, and a loss on what is read there, shape `(layer, sequence, position, feature)`, with some weights."""
 
 
 def restoring(model: PreTrainedModel, aims: Sequence[Aim], *, batch_tokens: int = BATCH_TOKENS) -> list[Loss]:
@@ -151,7 +153,7 @@ def restoring(model: PreTrainedModel, aims: Sequence[Aim], *, batch_tokens: int 
 def _readout_part(one: Aim, chosen: Sequence[int], *, weight: float) -> Part:
     wanted = one.specialized[[place for place in chosen if place < len(one.specialized)]]
 
-    def loss(read: Tensor) -> Tensor:
+    def loss(read: Tensor, _weights: Weights) -> Tensor:
         found = one.anchor.project(read[0])
         if one.anchor.is_difference:
             found = torch.sub(*found.chunk(2))
@@ -206,14 +208,57 @@ def restoring_streams(
     return together(model, parts, batch_tokens=batch_tokens)
 
 
-def _distance(wanted: Tensor, weights: Tensor) -> Callable[[Tensor], Tensor]:
-    """Weighted squared distances, summed over sequences; weights of shape `(layer,)`."""
+def _distance(wanted: Tensor, shares: Tensor) -> Callable[[Tensor, Weights], Tensor]:
+    """Weighted squared distances, summed over sequences; shares of shape `(layer,)`."""
 
-    def loss(read: Tensor) -> Tensor:
+    def loss(read: Tensor, _weights: Weights) -> Tensor:
         distance = (read - wanted).square().sum(dim=-1).mean(dim=2).sum(dim=1)
-        return (weights * distance).mean()
+        return (shares * distance).mean()
 
     return loss
+
+
+def restoring_outputs(
+    model: PreTrainedModel, aims: Sequence[Aim], experts: Mapping[str, Weights], *, batch_tokens: int = BATCH_TOKENS
+) -> list[Loss]:
+    """Losses that are 0 together where the next token is as likely as in the expert, behind the anchors' positions.
+
+    KL(expert || merged) in nats; prompts, tasks, experts count as in `restoring`. Neither the anchors' directions nor
+    their layers play a part.
+
+    Args:
+        model: The base.
+        aims: Where to read.
+        experts: Name -> its weights.
+        batch_tokens: Most tokens of one forward pass.
+    """
+    names = [one.expert for one in aims]
+    n_layers = len(layers_of(model))
+    parts: list[Part] = []
+    for one in aims:
+        share = 1 / (len(set(names)) * names.count(one.expert) * len(one.token_ids))
+        for chosen in batches(one.token_ids, batch_tokens):
+            token_ids = tuple(one.token_ids[place] for place in chosen)
+            spot = Spot(token_ids=token_ids, positions=one.anchor.positions, first=n_layers, last=n_layers)
+            theirs = experts[one.expert]
+            with evaluating(model):
+                wanted = _log_probs(model, streams(model, [spot], theirs)[0], theirs)
+            parts.append((spot, _divergence(model, wanted, share)))
+    return together(model, parts, batch_tokens=batch_tokens)
+
+
+def _divergence(model: PreTrainedModel, wanted: Tensor, share: float) -> Callable[[Tensor, Weights], Tensor]:
+    def loss(read: Tensor, weights: Weights) -> Tensor:
+        found = _log_probs(model, read, weights)
+        return share * kl_div(found, wanted, log_target=True, reduction="none").sum(dim=-1).mean(dim=1).sum()
+
+    return loss
+
+
+def _log_probs(model: PreTrainedModel, read: Tensor, weights: Weights) -> Tensor:
+    """Of the next token, shape `(sequence, position, token)`, from what leaves the last layer."""
+    residual = read[-1].to(embedding_weight(model).dtype)
+    return logits_of(model, residual, weights=weights).float().log_softmax(dim=-1)
 
 
 def together(model: PreTrainedModel, parts: Sequence[Part], *, batch_tokens: int) -> list[Loss]:
@@ -229,7 +274,7 @@ def together(model: PreTrainedModel, parts: Sequence[Part], *, batch_tokens: int
     def of(group: Sequence[Part]) -> Loss:
         def loss(weights: Weights) -> Tensor:
             found = streams(model, [spot for spot, _ in group], weights)
-            return torch.stack([own(read) for (_, own), read in zip(group, found, strict=True)]).sum()
+            return torch.stack([own(read, weights) for (_, own), read in zip(group, found, strict=True)]).sum()
 
         return loss
 
