@@ -70,7 +70,7 @@ def decide(experts: Mapping[str, Expert], **settings: object) -> Prepared:
 
 @pytest.fixture(scope="module")
 def learned(experts: dict[str, Expert]) -> Resolved:
-    return decide(experts, rule=Rule(policy="anchors", training=FEW)).resolved
+    return decide(experts, rule=Rule(policy="anchors", units="attns,mlps", training=FEW)).resolved
 
 
 @pytest.mark.parametrize(
@@ -202,7 +202,7 @@ def test_restored_streams_and_outputs_restore_held_out_anchors_that_they_were_no
 def test_every_setting_of_learning_changes_coefficients(
     experts: dict[str, Expert], learned: Resolved, changed: dict[str, float]
 ) -> None:
-    rule = Rule(policy="anchors", training=replace(FEW, **changed))  # type: ignore[arg-type]
+    rule = Rule(policy="anchors", units="attns,mlps", training=replace(FEW, **changed))  # type: ignore[arg-type]
     other = decide(experts, rule=rule).resolved.coefficients
     assert any(
         not torch.equal(one, two)

@@ -40,7 +40,10 @@ def merge(
             "restored where anchors are read."
         ),
     ] = None,
-    units: Annotated[str | None, typer.Option(help="Units with coefficients; all that every run measured.")] = None,
+    units: Annotated[
+        str | None,
+        typer.Option(help="Units with coefficients: those that every run measured; heads,kvs,neurons if learned."),
+    ] = None,
     rest: Annotated[
         Literal["task-arithmetic", "base"], typer.Option(help="What becomes of what no scored component owns.")
     ] = "task-arithmetic",

@@ -22,10 +22,12 @@ if TYPE_CHECKING:
     from weightpatch.run import Run
 
 Learned = Literal["anchors", "streams", "outputs"]
+LEARNED_UNITS = "heads,kvs,neurons"
+"""What learning gives coefficients to by default: finer than that nothing is, and coarser ones restore less."""
 Choice = Literal["uniform", "soft", "top", "owner", "sources", Learned]
 """`uniform`: every coefficient is the expert's weight (task arithmetic); `soft`, `top`, `owner`: by ranks of recovery
 (`policies.weigh`); `sources`: the components with this role; `anchors`: learned, so that all anchors are restored;
-`streams`: learned, so that residual streams are restored where anchors are read."""
+`streams`, `outputs`: learned, so that residual streams, or the next token, are restored where anchors are read."""
 Rest = Literal["task-arithmetic", "base"]
 """What becomes of everything that no component with a coefficient owns."""
 
@@ -36,7 +38,7 @@ class Rule:
 
     Attributes:
         policy: The way.
-        units: Units that get coefficients; None: those that all runs measured.
+        units: Units that get coefficients; None: those that all runs measured, and `LEARNED_UNITS` for what is learned.
         rest: What becomes of the rest.
         temperature: Of `soft`.
         share: Of `top`.
@@ -121,7 +123,8 @@ def resolve(
         return Resolved(coefficients=Coefficients.uniform(inputs.architecture, weights))
     rest = weights if rule.rest == "task-arithmetic" else dict.fromkeys(weights, 0.0)
     runs = {name: open_run(name, expert, inputs.base.reference) for name, expert in experts.items()}
-    chosen = components(inputs.architecture, rule.units or units_of(runs))
+    is_learned = rule.policy in get_args(Learned)
+    chosen = components(inputs.architecture, rule.units or (LEARNED_UNITS if is_learned else units_of(runs)))
     if rule.policy == "anchors" or rule.policy == "streams" or rule.policy == "outputs":  # noqa: PLR1714  mypy narrows this form
         return _learned(
             inputs,
