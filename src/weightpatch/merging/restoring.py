@@ -186,10 +186,9 @@ def restoring_streams(
         experts: Name -> its weights.
         batch_tokens: Most tokens of one forward pass.
     """
-    names = [one.expert for one in aims]
     n_layers = len(layers_of(model))
     parts: list[Part] = []
-    for one in aims:
+    for one, share in zip(aims, _shares(aims), strict=True):
         spots = [
             Spot(
                 token_ids=tuple(one.token_ids[place] for place in chosen),
@@ -203,9 +202,14 @@ def restoring_streams(
             wanted = [streams(model, [spot], experts[one.expert])[0] for spot in spots]
             gaps = [read - streams(model, [spot], {})[0] for spot, read in zip(spots, wanted, strict=True)]
         scale = torch.cat(gaps, dim=1).square().sum(dim=-1).mean(dim=(1, 2)).clamp_min(_LEAST)
-        weight = 1 / (len(set(names)) * names.count(one.expert) * len(one.token_ids))
-        parts += [(spot, _distance(read, weight / scale)) for spot, read in zip(spots, wanted, strict=True)]
+        parts += [(spot, _distance(read, share / scale)) for spot, read in zip(spots, wanted, strict=True)]
     return together(model, parts, batch_tokens=batch_tokens)
+
+
+def _shares(aims: Sequence[Aim]) -> list[float]:
+    """What each sequence counts: experts alike, their tasks alike, a task's sequences alike."""
+    names = [one.expert for one in aims]
+    return [1 / (len(set(names)) * names.count(one.expert) * len(one.token_ids)) for one in aims]
 
 
 def _distance(wanted: Tensor, shares: Tensor) -> Callable[[Tensor, Weights], Tensor]:
@@ -232,11 +236,9 @@ def restoring_outputs(
         experts: Name -> its weights.
         batch_tokens: Most tokens of one forward pass.
     """
-    names = [one.expert for one in aims]
     n_layers = len(layers_of(model))
     parts: list[Part] = []
-    for one in aims:
-        share = 1 / (len(set(names)) * names.count(one.expert) * len(one.token_ids))
+    for one, share in zip(aims, _shares(aims), strict=True):
         for chosen in batches(one.token_ids, batch_tokens):
             token_ids = tuple(one.token_ids[place] for place in chosen)
             spot = Spot(token_ids=token_ids, positions=one.anchor.positions, first=n_layers, last=n_layers)
