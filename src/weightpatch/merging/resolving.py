@@ -123,13 +123,11 @@ def resolve(
         return Resolved(coefficients=Coefficients.uniform(inputs.architecture, weights))
     rest = weights if rule.rest == "task-arithmetic" else dict.fromkeys(weights, 0.0)
     runs = {name: open_run(name, expert, inputs.base.reference) for name, expert in experts.items()}
-    is_learned = rule.policy in get_args(Learned)
-    chosen = components(inputs.architecture, rule.units or (LEARNED_UNITS if is_learned else units_of(runs)))
     if rule.policy == "anchors" or rule.policy == "streams" or rule.policy == "outputs":  # noqa: PLR1714  mypy narrows this form
         return _learned(
             inputs,
             runs,
-            chosen,
+            components(inputs.architecture, rule.units or LEARNED_UNITS),
             what=rule.policy,
             training=rule.training,
             weights=weights,
@@ -137,6 +135,7 @@ def resolve(
             batch_tokens=batch_tokens,
             on_step=on_step,
         )
+    chosen = components(inputs.architecture, rule.units or units_of(runs))
     scores = {name: read_scores(run, set(chosen)) for name, run in runs.items()}
     if rule.policy == "sources":
         found = only(

@@ -189,15 +189,7 @@ def restoring_streams(
     n_layers = len(layers_of(model))
     parts: list[Part] = []
     for one, share in zip(aims, _shares(aims), strict=True):
-        spots = [
-            Spot(
-                token_ids=tuple(one.token_ids[place] for place in chosen),
-                positions=one.anchor.positions,
-                first=one.anchor.layer,
-                last=n_layers,
-            )
-            for chosen in batches(one.token_ids, batch_tokens)
-        ]
+        spots = _spots(one, one.anchor.layer, n_layers, batch_tokens)
         with evaluating(model):
             wanted = [streams(model, [spot], experts[one.expert])[0] for spot in spots]
             gaps = [read - streams(model, [spot], {})[0] for spot, read in zip(spots, wanted, strict=True)]
@@ -210,6 +202,19 @@ def _shares(aims: Sequence[Aim]) -> list[float]:
     """What each sequence counts: experts alike, their tasks alike, a task's sequences alike."""
     names = [one.expert for one in aims]
     return [1 / (len(set(names)) * names.count(one.expert) * len(one.token_ids)) for one in aims]
+
+
+def _spots(one: Aim, first: int, last: int, batch_tokens: int) -> list[Spot]:
+    """The positions of an aim's anchor in all its sequences, as many to a spot as fit into a forward pass."""
+    return [
+        Spot(
+            token_ids=tuple(one.token_ids[place] for place in chosen),
+            positions=one.anchor.positions,
+            first=first,
+            last=last,
+        )
+        for chosen in batches(one.token_ids, batch_tokens)
+    ]
 
 
 def _distance(wanted: Tensor, shares: Tensor) -> Callable[[Tensor, Weights], Tensor]:
@@ -239,10 +244,8 @@ def restoring_outputs(
     n_layers = len(layers_of(model))
     parts: list[Part] = []
     for one, share in zip(aims, _shares(aims), strict=True):
-        for chosen in batches(one.token_ids, batch_tokens):
-            token_ids = tuple(one.token_ids[place] for place in chosen)
-            spot = Spot(token_ids=token_ids, positions=one.anchor.positions, first=n_layers, last=n_layers)
-            theirs = experts[one.expert]
+        theirs = experts[one.expert]
+        for spot in _spots(one, n_layers, n_layers, batch_tokens):
             with evaluating(model):
                 wanted = _log_probs(model, streams(model, [spot], theirs)[0], theirs)
             parts.append((spot, _divergence(model, wanted, share)))
