@@ -23,7 +23,7 @@ from weightpatch.merging.restoring import Aim, restoring, restoring_outputs, res
 from weightpatch.residuals import BATCH_TOKENS, batches, pad
 
 UNIFORM = ", uniform of the same means"
-N_STEPS = 40
+N_STEPS = 80
 """Of learning; its rate falls along all of them, wherever it is stopped."""
 
 Scores = dict[str, dict[Component, float]]

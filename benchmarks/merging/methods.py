@@ -172,19 +172,30 @@ def first(default: Config, others: list[Config]) -> list[Config]:
     return [default, *(one for one in others if one != default)]
 
 
-LEARNING = first(
-    {"units": "heads,kvs,mlps", "start": 0.8, "stop_at": N_STEPS},
-    grid(units=["heads,kvs,mlps", "heads,kvs,neurons"], start=[0.4, 0.5, 0.6, 0.8, 1.0], stop_at=[10, 20, N_STEPS]),
+STEPS = {"units": "heads,kvs,neurons", "start": 0.8, "stop_at": N_STEPS}
+FINE = first(
+    STEPS,
+    grid(units=["heads,kvs,neurons"], start=[0.4, 0.5, 0.6, 0.8, 1.0], stop_at=[10, 20, 30, 40, 60, N_STEPS]),
 )
+"""For what reads whole states: with coarser coefficients none of them restored as much (LOG.md, 2026-11-28)."""
+COARSE_TOO = first(
+    STEPS,
+    grid(
+        units=["heads,kvs,mlps", "heads,kvs,neurons"],
+        start=[0.4, 0.5, 0.6, 0.8, 1.0],
+        stop_at=[N_STEPS // 4, N_STEPS // 2, N_STEPS],
+    ),
+)
+"""For what reads one number to a task."""
 LEARNED = (
-    ("streams and KL", "guided"),
-    ("streams", "guided"),
-    ("anchors", "guided"),
-    ("KL to the experts", "control"),
-    ("streams, uniform of the same means", "control"),
-    ("anchors, random directions", "control"),
-    ("anchors, uniform of the same means", "control"),
-    ("entropy", "control"),
+    ("streams", "guided", FINE),
+    ("streams and KL", "guided", FINE),
+    ("KL to the experts", "control", FINE),
+    ("streams, uniform of the same means", "control", FINE),
+    ("entropy", "control", FINE),
+    ("anchors", "guided", COARSE_TOO),
+    ("anchors, random directions", "control", COARSE_TOO),
+    ("anchors, uniform of the same means", "control", COARSE_TOO),
 )
 
 
@@ -287,7 +298,7 @@ def ways(n_experts: int) -> list[Way]:
     ]
     for scores in ("shuffled", "random", "size", "activation", "bottom"):
         found.append(Way(name=f"soft, {scores}", configs=soft, build=guided("soft", scores), kind="control"))
-    found += [Way(name=name, configs=LEARNING, build=learned(name), kind=kind) for name, kind in LEARNED]
+    found += [Way(name=name, configs=configs, build=learned(name), kind=kind) for name, kind, configs in LEARNED]
     wrong = [way.name for way in found if len(way.configs) != N_CONFIGS]
     assert not wrong, wrong
     return found
