@@ -24,7 +24,7 @@ from weightpatch.residuals import BATCH_TOKENS, batches, pad
 
 UNIFORM = ", uniform of the same means"
 N_STEPS = 80
-"""Of learning; its rate falls along all of them, wherever it is stopped."""
+"""Of learning, as a rule; its rate falls along all of them, wherever it is stopped."""
 
 Scores = dict[str, dict[Component, float]]
 
@@ -91,11 +91,11 @@ def _activation(case: Case, expert: str, scores: Mapping[Component, float]) -> d
     return {one: known[str(one)] for one in scores}
 
 
-def learned(name: str) -> Callable[[Case, dict[str, Any]], Weights]:
+def learned(name: str, n_steps: int = N_STEPS) -> Callable[[Case, dict[str, Any]], Weights]:
     """Coefficients that are learned, by what they are learned from."""
 
     def build(case: Case, config: dict[str, Any]) -> Weights:
-        table = _learned(case, name.removesuffix(UNIFORM), config)
+        table = _learned(case, name.removesuffix(UNIFORM), config, n_steps)
         if name.endswith(UNIFORM):
             table = torch.cat([table[:, :-1].mean(dim=1, keepdim=True).expand_as(table[:, :-1]), table[:, -1:]], dim=1)
         return _blend(case, config["units"]).weights(table)
@@ -103,13 +103,13 @@ def learned(name: str) -> Callable[[Case, dict[str, Any]], Weights]:
     return build
 
 
-def _learned(case: Case, name: str, config: dict[str, Any]) -> Tensor:
+def _learned(case: Case, name: str, config: dict[str, Any], n_steps: int) -> Tensor:
     """A table of coefficients; learned once for all steps to stop at, and for the control of the same means."""
     key = f"tables {name} {config['units']} {config['start']}"
     if key not in case._cache:
         blend = _blend(case, config["units"])
         start = torch.full((len(case.experts), len(blend.components) + 1), float(config["start"]))
-        steps = learn(blend, _losses(case, name), start, Training(n_steps=N_STEPS))
+        steps = learn(blend, _losses(case, name), start, Training(n_steps=n_steps))
         case._cache[key] = {number: step.table for number, step in enumerate(steps, 1)}
     found: Tensor = case._cache[key][config["stop_at"]]
     return found

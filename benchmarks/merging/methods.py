@@ -1,4 +1,4 @@
-"""Every method of the comparison with its configurations, thirty of each; the first one is its default.
+"""Every method of the comparison with its configurations, as many of each; the first one is its default.
 
 Baselines are mergekit's own code, called in process; Localize-and-Stitch and activation-informed merging are written
 from their formulas; what scores or anchors guide is weightpatch's.
@@ -24,7 +24,6 @@ from weightpatch.merging.writing import Merge
 from weightpatch.prompts import tokenize
 from weightpatch.residuals import batches, evaluating, pad
 
-N_CONFIGS = 30
 Config = dict[str, Any]
 LAMBDAS = tuple(round(0.1 * step, 1) for step in range(1, 11))
 
@@ -172,20 +171,9 @@ def first(default: Config, others: list[Config]) -> list[Config]:
     return [default, *(one for one in others if one != default)]
 
 
-STEPS = {"units": "heads,kvs,neurons", "start": 0.8, "stop_at": N_STEPS}
-FINE = first(
-    STEPS,
-    grid(units=["heads,kvs,neurons"], start=[0.4, 0.5, 0.6, 0.8, 1.0], stop_at=[10, 20, 30, 40, 60, N_STEPS]),
-)
+FINE = ("heads,kvs,neurons",)
 """For what reads whole states: with coarser coefficients none of them restored as much (LOG.md, 2026-11-28)."""
-COARSE_TOO = first(
-    STEPS,
-    grid(
-        units=["heads,kvs,mlps", "heads,kvs,neurons"],
-        start=[0.4, 0.5, 0.6, 0.8, 1.0],
-        stop_at=[N_STEPS // 4, N_STEPS // 2, N_STEPS],
-    ),
-)
+COARSE_TOO = ("heads,kvs,mlps", "heads,kvs,neurons")
 """For what reads one number to a task."""
 LEARNED = (
     ("streams", "guided", FINE),
@@ -197,10 +185,32 @@ LEARNED = (
     ("anchors, random directions", "control", COARSE_TOO),
     ("anchors, uniform of the same means", "control", COARSE_TOO),
 )
+STARTS = (0.4, 0.5, 0.6, 0.8, 1.0)
 
 
-def ways(n_experts: int) -> list[Way]:
-    """All methods for so many experts."""
+def learnings(units: Sequence[str], starts: Sequence[float], n_steps: int) -> list[Config]:
+    """Configurations of what is learned: units, where it starts, after how many of its steps it is stopped."""
+    eighths = (1, 2, 3, 4, 6, 8) if len(units) == 1 else (2, 4, 8)
+    default: Config = {"units": FINE[0], "start": 0.8, "stop_at": n_steps}
+    stops = [n_steps * share // 8 for share in eighths]
+    return first(default, grid(units=units, start=starts, stop_at=stops))
+
+
+def thinned(configs: Sequence[Config], n: int) -> list[Config]:
+    """So many of them, the default and others spread evenly."""
+    others = configs[1:]
+    return [configs[0], *(others[place * len(others) // (n - 1)] for place in range(n - 1))]
+
+
+def ways(n_experts: int, *, starts: Sequence[float] = STARTS, n_steps: int = N_STEPS) -> list[Way]:
+    """All methods for so many experts, with six configurations of each to every start of learning.
+
+    Args:
+        n_experts: How many are merged.
+        starts: Coefficients that learning starts from, one for all; .8 is one of them.
+        n_steps: Of learning, a multiple of 8.
+    """
+    n_configs = 6 * len(starts)
     soft = first(
         {"temperature": 0.25, "lambda": 1.0},
         grid(temperature=[0.1, 0.25, 0.5, 1.0, 2.0], **{"lambda": [0.5, 0.7, 0.9, 1.0, 1.2, 1.5]}),
@@ -298,7 +308,11 @@ def ways(n_experts: int) -> list[Way]:
     ]
     for scores in ("shuffled", "random", "size", "activation", "bottom"):
         found.append(Way(name=f"soft, {scores}", configs=soft, build=guided("soft", scores), kind="control"))
-    found += [Way(name=name, configs=configs, build=learned(name), kind=kind) for name, kind, configs in LEARNED]
-    wrong = [way.name for way in found if len(way.configs) != N_CONFIGS]
+    found = [replace(way, configs=thinned(way.configs, n_configs)) for way in found]
+    found += [
+        Way(name=name, configs=learnings(units, starts, n_steps), build=learned(name, n_steps), kind=kind)
+        for name, kind, units in LEARNED
+    ]
+    wrong = [way.name for way in found if len(way.configs) != n_configs]
     assert not wrong, wrong
     return found

@@ -51,7 +51,7 @@ def merge(
     share: Annotated[
         float | None, typer.Option(help="Of top: the share of each unit that an expert brings, 0.3.")
     ] = None,
-    steps: Annotated[int | None, typer.Option(min=0, help="Of what is learned: steps of learning, 40.")] = None,
+    steps: Annotated[int | None, typer.Option(min=0, help="Of what is learned: steps of learning, 80.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Of what is learned: 0.05.")] = None,
     penalty: Annotated[
         float | None, typer.Option(help="Of what is learned: for leaving the weights given, 0.1.")

@@ -94,7 +94,7 @@ class Training:
         penalty: What the mean squared distance from where they start is multiplied by.
     """
 
-    n_steps: int = 40
+    n_steps: int = 80
     learning_rate: float = 0.05
     penalty: float = 0.1
 
