@@ -1,11 +1,12 @@
 """Tables of a comparison from its results: Markdown on stdout.
 
-    python benchmarks/merging/table.py --work DIR [--method anchors]
+    python benchmarks/merging/table.py --work DIR [--cases six-6 ...] [--method streams]
 
 For every method, over all cases: recovery (merged - base) / (expert - base) of pass rates on test, mean over experts,
 with its default and with the configuration selected on validation; the worst expert; normalised performance (merged /
 expert); forgetting (nats per token of plain answers more than the base); and the paired difference of one method to
-each other one, with a 95 % interval by a bootstrap that draws cases, and within a case problems, the same for all.
+each other one, with two 95 % intervals: by a bootstrap that draws cases, and within a case problems, the same for
+all, and Student's over the cases' differences, which is wider where cases are few.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 from comparing import Record, by_key, mean_recovery, read, recoveries
+from scipy import stats
 
 N_DRAWS = 10_000
 Results = Mapping[str, Record]
@@ -40,26 +42,37 @@ def chosen(known: Results, method: str, split: str = "test") -> dict[str, Record
     return found
 
 
-def bootstrap(cases: Sequence[Results], first: str, second: str, *, seed: int = 0) -> tuple[float, float, float]:
-    """Mean recovery of one method minus that of another, both as selected, with a 95 % interval.
+def differences(cases: Sequence[Results], first: str, second: str) -> np.ndarray:
+    """Mean recovery of one method minus that of another in each case, both as selected."""
+    found = [
+        [mean_recovery(chosen(known, name)["selected"], dict(known)) for name in (first, second)] for known in cases
+    ]
+    return -np.diff(np.array(found), axis=1)[:, 0]
+
+
+def student(values: np.ndarray) -> tuple[float, float]:
+    """Student's 95 % interval of a mean; endless for a single value."""
+    if len(values) < 2:
+        return -np.inf, np.inf
+    low, high = stats.t.interval(0.95, len(values) - 1, loc=values.mean(), scale=stats.sem(values) or 1e-300)
+    return float(low), float(high)
+
+
+def bootstrap(cases: Sequence[Results], first: str, second: str, *, seed: int = 0) -> tuple[float, float]:
+    """A 95 % interval of the mean difference.
 
     Cases are drawn with replacement, and within each the problems of every expert; base and experts are drawn on the
     same problems.
     """
     draw = np.random.default_rng(seed)
-    differences = [_differences(known, first, second, draw) for known in cases]
+    every = [_drawn(known, first, second, draw) for known in cases]
     picks = draw.integers(len(cases), size=(N_DRAWS, len(cases)))
-    drawn = np.stack(differences)[picks, np.arange(N_DRAWS)[:, None]].mean(axis=1)
-    here = [
-        mean_recovery(chosen(known, first)["selected"], dict(known))
-        - mean_recovery(chosen(known, second)["selected"], dict(known))
-        for known in cases
-    ]
+    drawn = np.stack(every)[picks, np.arange(N_DRAWS)[:, None]].mean(axis=1)
     low, high = np.quantile(drawn, [0.025, 0.975])
-    return float(np.mean(here)), float(low), float(high)
+    return float(low), float(high)
 
 
-def _differences(known: Results, first: str, second: str, draw: np.random.Generator) -> np.ndarray:
+def _drawn(known: Results, first: str, second: str, draw: np.random.Generator) -> np.ndarray:
     """Of one case, for every draw of its problems."""
     one, other = (chosen(known, name)["selected"]["passed"] for name in (first, second))
     base = _passed(known, "base")
@@ -105,7 +118,6 @@ def summary(cases: Sequence[Results], method: str) -> list[str]:
         for record, known in zip(picked, cases, strict=True)
     ]
     columns.append(f"{np.mean(lost):.3f}")
-    columns.append(f"{np.mean([record['seconds'] for record in picked]):.1f}")
     return columns
 
 
@@ -113,23 +125,28 @@ def main() -> None:
     """Print both tables."""
     parser = argparse.ArgumentParser(description="Tables of a comparison of merging methods.")
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--method", default="anchors")
+    parser.add_argument("--method", default="streams", help="that is compared to each other one")
+    parser.add_argument("--cases", nargs="+", default=["*"], help="folders in DIR, all by default")
     options = parser.parse_args()
-    files = sorted(options.work.glob("*/results.jsonl"))
+    files = sorted(file for name in options.cases for file in options.work.glob(f"{name}/results.jsonl"))
     cases = [by_key(read(file)) for file in files]
     methods = list(dict.fromkeys(record["method"] for known in cases for record in known.values()))
     whole = [one for one in methods if all("selected" in chosen(known, one) for known in cases)]
     print(f"{len(cases)} cases: {', '.join(file.parent.name for file in files)}\n")
-    print("| method | default | selected | oracle | worst expert | normalised | forgetting | seconds |")
-    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    print("| method | default | selected | oracle | worst expert | normalised | forgetting |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     rows = [summary(cases, one) for one in whole if one != "base" and not one.startswith("expert ")]
     for row in sorted(rows, key=lambda columns: -float(columns[2])):
         print(f"| {' | '.join(row)} |")
-    print(f"\n| {options.method} minus | mean recovery | 95 % interval |\n| --- | ---: | --- |")
+    print(f"\n| {options.method} minus | mean recovery | bootstrap | Student | by case |")
+    print("| --- | ---: | --- | --- | --- |")
     for row in rows:
         if row[0] != options.method and options.method in whole:
-            mean, low, high = bootstrap(cases, options.method, row[0])
-            print(f"| {row[0]} | {mean:+.3f} | {low:+.3f} to {high:+.3f} |")
+            own = differences(cases, options.method, row[0])
+            spans = [
+                f"{low:+.3f} to {high:+.3f}" for low, high in (bootstrap(cases, options.method, row[0]), student(own))
+            ]
+            print(f"| {row[0]} | {own.mean():+.3f} | {' | '.join(spans)} | {', '.join(f'{one:+.3f}' for one in own)} |")
 
 
 if __name__ == "__main__":
