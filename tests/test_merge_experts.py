@@ -82,6 +82,7 @@ def learned(experts: dict[str, Expert]) -> Resolved:
         ("tiny:specialized", "tiny:specialized", None, 1.0),
         ("a=b=run", "a=b", "run", 1.0),
         ("model:0.5", "model", None, 0.5),
+        ("model=run:1e-3", "model", "run", 0.001),
     ],
 )
 def test_an_expert_is_written_as_checkpoint_run_and_weight(
@@ -102,8 +103,14 @@ def test_experts_of_one_name_are_numbered_and_one_named_twice_is_refused() -> No
         "x-2",
         "y",
     ]
-    with pytest.raises(MergeError, match="more than once"):
-        named([Expert(specialized="a"), Expert(specialized="a", weight=0.5)])
+    for twice in ("a", "a/", "./a"):
+        with pytest.raises(MergeError, match="more than once"):
+            named([Expert(specialized="a"), Expert(specialized=twice, weight=0.5)])
+
+
+def test_no_expert_is_lost_to_another_ones_number() -> None:
+    every = [Expert(specialized=one) for one in ("p/x", "q/x", "r/x-1", "s/x-3", "t/y")]
+    assert named(every) == dict(zip(["x-2", "x-4", "x-1", "x-3", "y"], every, strict=True))
 
 
 def test_the_finest_of_nested_units_get_coefficients() -> None:
@@ -211,6 +218,38 @@ def test_every_setting_of_learning_changes_coefficients(
     )
 
 
+def test_learning_needs_anchors_and_no_effects(experts: dict[str, Expert], tmp_path: Path) -> None:
+    bare = {}
+    for name, one in experts.items():
+        assert one.run
+        shutil.copytree(one.run, tmp_path / name)
+        for file in (tmp_path / name).rglob("effects.*"):
+            file.unlink()
+        bare[name] = replace(one, run=tmp_path / name)
+    with pytest.raises(MergeError, match="has no effects of any task"):
+        decide(bare, rule=Rule(policy="soft"))
+    rule = Rule(policy="streams", units="mlps", training=Training(n_steps=1))
+    ours, theirs = (decide(every, rule=rule).resolved.weights for every in (bare, experts))
+    assert ours == theirs
+
+
+def test_what_was_learned_as_a_plain_sum_is_merged_as_one(experts: dict[str, Expert]) -> None:
+    for method in (METHODS["ties"], replace(METHODS["task-arithmetic"], scale=0.3)):
+        with pytest.raises(MergeError, match="learns coefficients of a plain sum"):
+            decide(experts, rule=Rule(policy="streams"), method=method)
+
+
+def test_given_coefficients_leave_nothing_to_weights(experts: dict[str, Expert], learned: Resolved) -> None:
+    weighted = {name: replace(one, weight=0.5) for name, one in experts.items()}
+    with pytest.raises(MergeError, match="would change nothing"):
+        decide(weighted, coefficients=learned.coefficients)
+    turned = learned.coefficients.of([*reversed(learned.coefficients.experts)])
+    merged = decide(experts, coefficients=turned).merge
+    assert merged.coefficients.experts == tuple(experts)
+    for name, every in learned.coefficients.tensors.items():
+        assert all(torch.equal(*pair) for pair in zip(every, merged.coefficients.tensors[name], strict=True))
+
+
 def test_components_that_no_anchor_sees_keep_the_experts_weight(learned: Resolved) -> None:
     for own in learned.weights.values():
         late = [weight for one, weight in own.items() if (one.layer or 0) >= 6]
@@ -303,6 +342,9 @@ def test_the_plan_tells_what_is_added_before_anything_is_written(experts: dict[s
     opposed = float((whole[0].sign() != whole[1].sign())[both].float().mean())
     assert told.opposed[one, other] == pytest.approx(opposed, abs=1e-4)
     assert told.overlaps[one, other] == 0  # what one owns the other does not bring
+    halved = explain(replace(merged, method=replace(merged.method, scale=0.5)))
+    assert halved.total[one].norm == pytest.approx(told.total[one].norm / 2, rel=1e-5)
+    assert halved.total[one].whole_norm == pytest.approx(told.total[one].whole_norm, rel=1e-5)
 
 
 @pytest.mark.slow
@@ -390,7 +432,8 @@ def test_the_command_merges_resumes_and_passes_eval(
     before = {one.name: one.read_bytes() for one in folder.iterdir()}
     assert run(*told, "--out", str(folder))[0] == 0
     assert {one.name: one.read_bytes() for one in folder.iterdir()} == before
-    again = ["merge", BASE, *given, "--coefficients", str(file), "--any-adapter-base", "--out", str(tmp_path / "again")]
+    bare = [text.removesuffix(":0.9") for text in given]
+    again = ["merge", BASE, *bare, "--coefficients", str(file), "--any-adapter-base", "--out", str(tmp_path / "again")]
     assert run(*again)[0] == 0
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == before["model.safetensors"]
     AutoModelForCausalLM.from_pretrained(folder)
@@ -401,6 +444,33 @@ def test_the_command_merges_resumes_and_passes_eval(
     assert code == 2
     assert "tise" in json.loads(out)["error"]
     assert not (tmp_path / "x").exists()
-    code, out, _ = run(*told, "--density", "0.5", "--json", "--plan")
+    code, out, _ = run("merge", "no/such/base", "--expert", "x=y", "--out", str(folder.parent), "--json")
     assert code == 2
-    assert "would change nothing" in json.loads(out)["error"]
+    assert "is not empty and holds no merge" in json.loads(out)["error"]  # before anything is read
+
+
+@pytest.mark.parametrize(
+    ("way", "option", "value"),
+    [
+        ("--policy=soft", "--density", "0.5"),
+        ("--policy=soft", "--share", "0.5"),
+        ("--policy=top", "--temperature", "2"),
+        ("--policy=uniform", "--units", "mlps"),
+        ("--policy=uniform", "--rest", "base"),
+        ("--policy=owner", "--steps", "3"),
+        ("--policy=streams", "--temperature", "2"),
+        ("--coefficients=c", "--penalty", "2"),
+        ("--method=ties", "--gamma", "0.1"),
+        ("--method=dare-linear", "--epsilon", "0.1"),
+        ("--method=breadcrumbs", "--over", "model"),
+    ],
+)
+def test_an_option_that_would_change_nothing_is_refused(
+    way: str, option: str, value: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["merge", BASE, "--expert", "x=y", way, option, value, "--plan", "--json"]
+    monkeypatch.setattr(sys, "argv", ["weightpatch", *arguments])
+    with pytest.raises(SystemExit):
+        cli.main()
+    error = json.loads(capsys.readouterr().out)["error"]
+    assert f"does not read {option}, so it would change nothing" in error

@@ -258,7 +258,7 @@ def test_a_file_that_holds_no_coefficients_is_refused_in_words(inputs: Inputs, t
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_written(inputs: Inputs, tmp_path: Path) -> None:
-    with pytest.raises(MergeError, match="coefficients are of a, b, experts are"):
+    with pytest.raises(MergeError, match=r"the coefficients are of a, b; the experts are .* Give the experts"):
         Merge(inputs=inputs, coefficients=Coefficients.uniform(inputs.architecture, {"a": 1, "b": 1}))
     with pytest.raises(MergeError, match="at least one expert"):
         Inputs.open("tiny:base", {})
@@ -278,3 +278,62 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(inputs: Inputs,
     file.write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(PairError, match="1652 in the specialized; 2 of them differ"):
         Inputs.open("tiny:base", {"one": tmp_path / "swapped"})
+
+
+@pytest.mark.parametrize("shape", [(3, 1), (1, 128, 1), (128, 128)])
+def test_coefficients_of_a_shape_that_does_not_fit_are_refused_before_anything_is_written(
+    inputs: Inputs, shape: tuple[int, ...]
+) -> None:
+    name = "model.layers.5.mlp.down_proj.weight"
+    tensors = {
+        **uniform(inputs, 1, 1, 1).tensors,
+        name: (torch.ones(shape), *uniform(inputs, 1, 1, 1).tensors[name][1:]),
+    }
+    with pytest.raises(MergeError, match=rf"{name}: coefficients of shape"):
+        Merge(inputs=inputs, coefficients=Coefficients(experts=tuple(inputs.theirs), tensors=tensors))
+
+
+def save_tiny(folder: Path, *, scale: float = 1.0, template: str | None = None) -> Path:
+    """The bundled base with one matrix scaled, two tokens that end an answer, and maybe a chat template."""
+    model, tokenizer = load_alone("tiny:base")
+    assert tokenizer is not None
+    with torch.no_grad():
+        model.get_parameter("model.layers.0.mlp.up_proj.weight").mul_(scale)
+    assert model.generation_config
+    model.generation_config.eos_token_id = [1, 7]
+    tokenizer.chat_template = template
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_merge_generates_and_reads_prompts_as_its_inputs_do(tmp_path: Path) -> None:
+    asked = "{% for message in messages %}Q: {{ message.content }}{% endfor %}"
+    base = save_tiny(tmp_path / "base")
+    experts = {name: save_tiny(tmp_path / name, scale=2, template=asked + end) for name, end in (("a", ""), ("b", "!"))}
+    for names, wanted in ((("a",), asked), (("a", "b"), None)):
+        inputs = Inputs.open(base, {name: experts[name] for name in names})
+        merge = Merge(inputs=inputs, coefficients=Coefficients.uniform(inputs.architecture, dict.fromkeys(names, 0.5)))
+        folder = merge.write(tmp_path / f"merged-{len(names)}")
+        model, tokenizer = load_alone(folder)
+        assert model.generation_config is not None
+        assert model.generation_config.eos_token_id == [1, 7]
+        assert tokenizer is not None
+        assert tokenizer.chat_template == wanted
+        assert merge.chat_template() == (wanted, len(names) == 2)
+
+
+def test_a_folder_merged_from_other_weights_at_the_same_place_is_another_merge(tmp_path: Path) -> None:
+    base = save_tiny(tmp_path / "base")
+
+    def write() -> Path:
+        inputs = Inputs.open(base, {"a": save_tiny(tmp_path / "a", scale=scale)})
+        return Merge(inputs=inputs, coefficients=uniform(inputs, 0.5)).write(tmp_path / "merged")
+
+    scale = 2.0
+    before = written(write())
+    assert written(write()) == before
+    scale = 3.0
+    with pytest.raises(MergeError, match="a merge of another files"):
+        write()
+    assert written(tmp_path / "merged") == before

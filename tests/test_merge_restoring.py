@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from transformers import PreTrainedModel
 
 from conftest import build_model
 from weightpatch import Anchor
+from weightpatch.errors import MergeError
 from weightpatch.merging.learning import Loss
 from weightpatch.merging.restoring import Aim, restoring, restoring_outputs, restoring_streams
 
@@ -106,7 +108,7 @@ def test_streams_are_restored_by_their_squared_distances_in_that_of_base_and_exp
             )
             ratio = (merged - theirs).square().sum() / (theirs - ours).square().sum()
             wanted += float(ratio) / len(layers) / len(plain)
-    losses = restoring_streams(models["base"], plain, experts, batch_tokens=batch_tokens)
+    losses = restoring_streams(models["base"], plain, experts.__getitem__, batch_tokens=batch_tokens)
     assert (len(losses) == 1) == (batch_tokens == 4096)
     assert sum(float(loss(weights_of(models["merge"]))) for loss in losses) == pytest.approx(wanted, rel=1e-4)
 
@@ -128,7 +130,7 @@ def test_outputs_are_restored_by_the_divergence_from_the_experts_next_token(
             divergence = (theirs.exp() * (theirs - merged)).sum(-1)
             read = [float(divergence[position]) for position in one.anchor.positions]
             wanted += sum(read) / len(read) / len(one.token_ids) / len(plain)
-    losses = restoring_outputs(models["base"], plain, experts, batch_tokens=batch_tokens)
+    losses = restoring_outputs(models["base"], plain, experts.__getitem__, batch_tokens=batch_tokens)
     assert (len(losses) == 1) == (batch_tokens == 4096)
     assert sum(float(loss(weights_of(models["merge"]))) for loss in losses) == pytest.approx(wanted, rel=1e-4)
 
@@ -140,5 +142,17 @@ def test_nothing_is_left_to_restore_in_the_expert_itself(
     restoring_what: Callable[..., list[Loss]],
 ) -> None:
     own = [one for one in aims if one.expert == "one"]
-    (loss,) = restoring_what(models["base"], own, {"one": weights_of(models["one"])})
+    (loss,) = restoring_what(models["base"], own, {"one": weights_of(models["one"])}.__getitem__)
     assert float(loss(weights_of(models["one"]))) < 1e-9 < float(loss(weights_of(models["base"])))
+
+
+def test_an_anchor_that_the_expert_reads_no_higher_on_cannot_be_restored_but_its_streams_can(
+    models: dict[str, PreTrainedModel], aims: list[Aim]
+) -> None:
+    turned = replace(aims[0], specialized=-aims[0].specialized)
+    with pytest.raises(MergeError, match=r"reads no higher than the base on a .* --policy streams"):
+        restoring(models["base"], [turned])
+    experts = {"one": weights_of(models["one"])}
+    losses = [restoring_streams(models["base"], [one], experts.__getitem__) for one in (turned, aims[0])]
+    merge = weights_of(models["merge"])
+    assert float(losses[0][0](merge)) == float(losses[1][0](merge)) > 0

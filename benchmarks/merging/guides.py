@@ -140,12 +140,12 @@ def _new_losses(case: Case, name: str) -> list[Loss]:
         return restoring(case.model, [_turned(case, one, place) for place, one in enumerate(aims)])
     if name == "entropy":
         return _entropies(case, aims)
-    theirs = {
-        expert: {key: case.weights[key] + change for key, change in own.items()}
-        for expert, own in case.changes().items()
-    }
     restored = restoring_streams if name == "streams" else restoring_outputs
-    return restored(case.model, aims, theirs)
+    return restored(
+        case.model,
+        aims,
+        lambda expert: {key: case.weights[key] + change for key, change in case.changes()[expert].items()},
+    )
 
 
 def _ten_times(loss: Loss) -> Loss:

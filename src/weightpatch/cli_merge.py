@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Collection, Iterable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -45,8 +46,9 @@ def merge(
         typer.Option(help="Units with coefficients: those that every run measured; heads,kvs,neurons if learned."),
     ] = None,
     rest: Annotated[
-        Literal["task-arithmetic", "base"], typer.Option(help="What becomes of what no scored component owns.")
-    ] = "task-arithmetic",
+        Literal["task-arithmetic", "base"] | None,
+        typer.Option(help="What becomes of what no scored component owns (task-arithmetic)."),
+    ] = None,
     temperature: Annotated[float | None, typer.Option(help="Of soft: 0.25.")] = None,
     share: Annotated[
         float | None, typer.Option(help="Of top: the share of each unit that an expert brings, 0.3.")
@@ -83,7 +85,7 @@ def merge(
     seed: Annotated[int, typer.Option(help="Of what a method leaves to chance.")] = 0,
     shard_bytes: Annotated[int, typer.Option(min=1, help="Most bytes of one file of weights.")] = 4_000_000_000,
     plan: Annotated[
-        bool, typer.Option("--plan", help="Tell what would be done, tensor by tensor; write nothing.")
+        bool, typer.Option("--plan", help="Tell what would be done, tensor by tensor; write no model.")
     ] = False,
     emit_mergekit: Annotated[Path | None, typer.Option(help="Write a mergekit recipe of the same merge.")] = None,
     allow_pickle: AllowPickle = False,
@@ -93,19 +95,27 @@ def merge(
     """Merge experts of one base, each by the components that its run says it needs."""
     if out is None and not (plan or emit_mergekit or save_coefficients):
         raise MergeError("nothing to do: name a folder (--out DIR), or ask for the --plan.")
+    if plan and out is not None:
+        raise MergeError("--plan writes no model, so --out would stay empty. Leave one of the two out.")
     quiet()
     from weightpatch.checkpoint import read_dtype
     from weightpatch.merging.learning import Training
     from weightpatch.merging.merge import prepare
     from weightpatch.merging.resolving import Rule
+    from weightpatch.merging.writing import check_free
 
-    learning = {"n_steps": steps, "learning_rate": learning_rate, "penalty": penalty}
+    if out is not None:
+        check_free(out)
+    learning = _given({"n_steps": steps, "learning_rate": learning_rate, "penalty": penalty})
+    ways = _given({"units": units, "rest": rest, "temperature": temperature, "share": share})
     rule = None
     if coefficients is None:
-        ways = _given({"policy": policy, "units": units, "temperature": temperature, "share": share})
-        rule = Rule(rest=rest, training=Training(**_given(learning)), **ways)
+        rule = Rule(policy=policy or Rule.policy, training=Training(**learning), **ways)
+        _check_used(f"--policy {rule.policy}", ways | learning, _USED_BY[rule.policy])
     elif policy is not None:
         raise MergeError("--coefficients and --policy are two ways to the same thing: leave one out.")
+    else:
+        _check_used("--coefficients", ways | learning, ())
     how = _method(
         method,
         {"scale": scale, "election": election, "average": average},
@@ -144,6 +154,32 @@ def merge(
         print(f"merged: {out}")
 
 
+_LEARNING = ("n_steps", "learning_rate", "penalty")
+_USED_BY = {
+    "uniform": (),
+    "soft": ("units", "rest", "temperature"),
+    "top": ("units", "rest", "share"),
+    "owner": ("units", "rest"),
+    "sources": ("units", "rest"),
+    **dict.fromkeys(("streams", "outputs", "anchors"), ("units", "rest", *_LEARNING)),
+}
+"""Policy -> settings that it reads."""
+_THINNING_USED_BY = {
+    "none": (),
+    "trim": ("density", "rescale", "over"),
+    "drop": ("density", "rescale"),
+    "magprune": ("density", "rescale", "epsilon"),
+    "breadcrumbs": ("density", "rescale", "gamma"),
+}
+"""Kind of sparsifier -> settings that it reads."""
+
+
+def _check_used(by: str, given: Iterable[str], used: Collection[str]) -> None:
+    if unused := [name for name in given if name not in used]:
+        option = unused[0].removeprefix("n_").replace("_", "-")
+        raise MergeError(f"{by} does not read --{option}, so it would change nothing. Leave it out.")
+
+
 def _given(options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
@@ -153,8 +189,7 @@ def _method(name: str, own: dict[str, Any], thinning: dict[str, Any]) -> Method:
     from weightpatch.merging.combining import method_of
 
     known = method_of(name)
-    if known.sparsifier.kind == "none" and (unused := [*_given(thinning)]):
-        raise MergeError(f"{name} keeps every entry, so --{unused[0]} would change nothing. Leave it out.")
+    _check_used(f"--method {name}", _given(thinning), _THINNING_USED_BY[known.sparsifier.kind])
     return replace(known, sparsifier=replace(known.sparsifier, **_given(thinning)), **_given(own))
 
 
@@ -231,7 +266,7 @@ def _print_restored(prepared: Prepared) -> None:
     if restored := prepared.resolved.restored:
         print("\nanchors, as shares of the gap, on prompts that coefficients were not learned from")
         rows = [(one.expert, one.task, f"{one.before:.3f}", f"{one.after:.3f}") for one in restored]
-        print_table(("expert", "task", "all coefficients alike", "learned"), rows)
+        print_table(("expert", "task", "before learning", "learned"), rows)
 
 
 def _matrix(found: Plan, table: Any) -> list[list[float]]:

@@ -42,13 +42,16 @@ def _lines(merge: Merge, rule: Rule | None, resolved: Resolved, experts: Mapping
     )
     yield from ("", "| expert | checkpoint | weight | run | tasks | digest |", "| --- | --- | ---: | --- | --- | --- |")
     for name, expert in experts.items():
-        yield f"| {name} | `{expert.specialized}` | {expert.weight:g} | {_about(expert)} |"
+        weight = f"{expert.weight:g}" if rule else "given"
+        yield f"| {name} | `{expert.specialized}` | {weight} | {_about(expert)} |"
     yield from ("", "## How", "")
     yield f"- coefficients: {_settings(asdict(rule)) if rule else 'given, in merge.coefficients'}"
     yield f"- method: {_settings(asdict(merge.method))}"
     yield f"- seed: {merge.seed}; files: {str(merge.dtype or 'dtypes of the base').removeprefix('torch.')}"
     fine = sum(1 for _ in varying(resolved.coefficients))
     yield f"- tensors with coefficients by row or column: {fine} of {len(resolved.coefficients.tensors)}"
+    if merge.chat_template()[1]:
+        yield "- chat template: the base's; those of the experts differ, so prompts may not be what each was trained on"
     if resolved.restored:
         yield from ("", "## Anchors", "")
         yield "Share of each expert's gap that the merge restores, on prompts that coefficients were not learned from:"

@@ -74,6 +74,23 @@ class Coefficients:
             tensors={name: tuple(column[name] for column in columns) for name in architecture.parameters},
         )
 
+    def of(self, experts: Sequence[str]) -> Coefficients:
+        """The same, with the experts in another order.
+
+        Raises:
+            MergeError: they are others.
+        """
+        if sorted(experts) != sorted(self.experts):
+            raise MergeError(
+                f"the coefficients are of {', '.join(self.experts)}; the experts are {', '.join(experts)}. Give the "
+                "experts that they were made for (the last part of each path is its name)."
+            )
+        order = [self.experts.index(one) for one in experts]
+        return Coefficients(
+            experts=tuple(experts),
+            tensors={name: tuple(every[place] for place in order) for name, every in self.tensors.items()},
+        )
+
     def save(self, file: str | Path) -> None:
         """Write to a safetensors file: `expert/parameter` -> coefficient."""
         tensors = {

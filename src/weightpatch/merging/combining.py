@@ -157,16 +157,29 @@ def thin(
     ]
 
 
+def check_fit(coefficient: Sequence[int], shape: Sequence[int]) -> None:
+    """Check that coefficients can be multiplied by a tensor, and vary along one of its axes at most.
+
+    Args:
+        coefficient: Their shape.
+        shape: Of the tensor.
+
+    Raises:
+        MergeError: they cannot.
+    """
+    ends = zip(reversed(coefficient), reversed(shape), strict=False)
+    fits = len(coefficient) <= len(shape) and all(own in (1, length) for own, length in ends)
+    if not fits or sum(length > 1 for length in coefficient) > 1:
+        raise MergeError(
+            f"coefficients of shape {tuple(coefficient)} do not fit a tensor of shape {tuple(shape)}: give one number, "
+            "or one along a single axis."
+        )
+
+
 def _within(change: Tensor, coefficient: Tensor, leave: partial[Tensor]) -> Tensor:
     """A difference thinned out where its coefficient is not 0, and 0 elsewhere."""
-    ends = zip(reversed(coefficient.shape), reversed(change.shape), strict=False)
-    fits = coefficient.ndim <= change.ndim and all(own in (1, length) for own, length in ends)
+    check_fit(coefficient.shape, change.shape)
     axes = [axis for axis, length in enumerate(coefficient.shape) if length > 1]
-    if not fits or len(axes) > 1:
-        raise MergeError(
-            f"coefficients of shape {tuple(coefficient.shape)} do not fit a tensor of shape {tuple(change.shape)}: "
-            "give one number, or one along a single axis."
-        )
     chosen = coefficient.reshape(-1) != 0
     if bool(chosen.all()):
         return leave(change)

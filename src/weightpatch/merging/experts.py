@@ -5,13 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from weightpatch.component import Component, disjoint
-from weightpatch.errors import MergeError, RunError
+from weightpatch.errors import AnchorError, MergeError, RunError
 
 if TYPE_CHECKING:
+    from weightpatch.anchor import Anchor
     from weightpatch.effects import Effects
     from weightpatch.run import Run
 
@@ -37,7 +39,9 @@ class Expert:
         Raises:
             MergeError: no checkpoint in it.
         """
-        found = re.fullmatch(r"(?P<whole>.*?)(?::(?P<weight>[-+]?(?:\d+\.?\d*|\.\d+)))?", text.strip(), re.DOTALL)
+        found = re.fullmatch(
+            r"(?P<whole>.*?)(?::(?P<weight>[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?))?", text.strip(), re.DOTALL
+        )
         whole = found["whole"] if found else ""
         specialized, _, run = whole.rpartition("=") if "=" in whole else (whole, "", "")
         if not found or not specialized or ("=" in whole and not run):
@@ -58,13 +62,14 @@ def named(experts: Sequence[Expert]) -> dict[str, Expert]:
     if not experts:
         raise MergeError("a merge needs at least one expert: --expert SPECIALIZED=RUN")
     given = [one.specialized for one in experts]
-    if twice := sorted({one for one in given if given.count(one) > 1}):
+    if twice := [one for place, one in enumerate(given) if any(_same(one, other) for other in given[:place])]:
         raise MergeError(f"{', '.join(twice)} is named as an expert more than once. Name it once, with a weight.")
     shorts = [re.split(r"[/\\:]", one.rstrip("/\\"))[-1] or one for one in given]
-    return {
-        short if shorts.count(short) == 1 else f"{short}-{shorts[: place + 1].count(short)}": expert
-        for place, (short, expert) in enumerate(zip(shorts, experts, strict=True))
-    }
+    found: dict[str, Expert] = {}
+    for short, expert in zip(shorts, experts, strict=True):
+        free = (name for number in count(1) if (name := f"{short}-{number}") not in {*shorts, *found})
+        found[short if shorts.count(short) == 1 else next(free)] = expert
+    return found
 
 
 def open_run(name: str, expert: Expert, base: str) -> Run:
@@ -92,6 +97,24 @@ def open_run(name: str, expert: Expert, base: str) -> Run:
                 "expert, or the models as the run names them."
             )
     return run
+
+
+def anchors_of(run: Run) -> dict[str, Anchor]:
+    """Task -> its anchor, of the tasks of a run that have one.
+
+    Raises:
+        MergeError: none.
+    """
+    found: dict[str, Anchor] = {}
+    reasons = []
+    for task in run.tasks:
+        try:
+            found[task] = run.anchor(task)
+        except AnchorError as error:
+            reasons.append(str(error))
+    if not found:
+        raise MergeError(f"{run.path} has no anchor of any task: {'; '.join(reasons)}")
+    return found
 
 
 def measured(run: Run) -> dict[str, Effects]:
@@ -164,4 +187,5 @@ def units_of(runs: Mapping[str, Run]) -> str:
 
 def _same(one: str, other: str) -> bool:
     paths = [Path(reference).expanduser() for reference in (one, other)]
-    return one == other or (all(path.exists() for path in paths) and paths[0].resolve() == paths[1].resolve())
+    alike = paths[0] == paths[1]
+    return alike or (all(path.exists() for path in paths) and paths[0].resolve() == paths[1].resolve())

@@ -77,7 +77,8 @@ def explain(merge: Merge, weights: Mapping[str, Mapping[Component, float]] | Non
         for base, every, coefficients in merge.matrices(name):
             changes = [*every]
             left = thin(changes, coefficients, merge.method, **chance)
-            added = torch.stack([(c * one).reshape(-1) for c, one in zip(coefficients, left, strict=True)])
+            parts = [merge.method.scale * c * one for c, one in zip(coefficients, left, strict=True)]
+            added = torch.stack([part.reshape(-1) for part in parts])
             shares.append([_share(*own) for own in zip(changes, coefficients, added, strict=True)])
             counts.append(base.numel())
             products += (added @ added.T).double()

@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+from weightpatch.checkpoint import BUNDLED, Checkpoint
 from weightpatch.errors import MergeError
 from weightpatch.merging.coefficients import varying
 from weightpatch.merging.combining import METHODS, Method
@@ -36,23 +37,28 @@ def mergekit_recipe(merge: Merge) -> tuple[str, tuple[str, ...]]:
         The recipe, and the names of the tensors whose finer coefficients are averaged away.
 
     Raises:
-        MergeError: a method that mergekit does not have.
+        MergeError: a method that mergekit does not have, or a file that it cannot read.
     """
     kind, settings = _in_mergekit(merge.method)
+    if unread := [one.reference for one in (merge.inputs.base, *merge.inputs.experts.values()) if one.kind == "gguf"]:
+        raise MergeError(
+            f"mergekit cannot read {', '.join(unread)}: GGUF files. Write them as folders of safetensors first "
+            "(AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file=NAME).save_pretrained(...)) and merge those."
+        )
     experts = []
     for place, checkpoint in enumerate(merge.inputs.experts.values()):
         filters: list[dict[str, Any]] = [
             {"filter": name, "value": round(float(every[place].mean()), 10)}
             for name, every in sorted(merge.coefficients.tensors.items(), key=lambda item: -len(item[0]))
         ]
-        reference = checkpoint.reference
+        reference = _theirs(checkpoint)
         if checkpoint.kind == "adapter":
-            reference = f"{merge.inputs.base.reference}+{reference}"
+            reference = f"{_theirs(merge.inputs.base)}+{reference}"
         parameters = {"weight": [*filters, {"value": 0.0}], **settings}
         experts.append({"model": reference, "parameters": parameters})
     recipe: dict[str, Any] = {
         "merge_method": kind,
-        "base_model": merge.inputs.base.reference,
+        "base_model": _theirs(merge.inputs.base),
         "models": experts,
         "parameters": {"lambda": merge.method.scale, "normalize": merge.method.average != "none"},
         "dtype": "float32",
@@ -60,6 +66,11 @@ def mergekit_recipe(merge: Merge) -> tuple[str, tuple[str, ...]]:
     if merge.dtype is not None:
         recipe["out_dtype"] = str(merge.dtype).removeprefix("torch.")
     return yaml.safe_dump(recipe, sort_keys=False), tuple(varying(merge.coefficients))
+
+
+def _theirs(checkpoint: Checkpoint) -> str:
+    """What mergekit finds a checkpoint by: names of bundled models are ours alone."""
+    return str(checkpoint.path) if checkpoint.reference in BUNDLED else checkpoint.reference
 
 
 def _in_mergekit(method: Method) -> tuple[str, dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import torch
 
@@ -14,8 +15,8 @@ from weightpatch.merging.coefficients import Coefficients
 from weightpatch.merging.combining import Method, method_of
 from weightpatch.merging.experts import Expert, named
 from weightpatch.merging.inputs import Inputs
-from weightpatch.merging.resolving import Resolved, Rule, resolve
-from weightpatch.merging.writing import SHARD_BYTES, Merge
+from weightpatch.merging.resolving import Learned, Resolved, Rule, resolve
+from weightpatch.merging.writing import SHARD_BYTES, Merge, check_free
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -64,19 +65,32 @@ def prepare(
     """Decide a merge; arguments and errors as `merge`."""
     found = named([Expert.parse(one) if isinstance(one, str) else one for one in experts])
     how = method_of(method) if isinstance(method, str) else method
+    if coefficients is not None:
+        if rule is not None:
+            raise MergeError("coefficients are given, so there is no rule to find them by. Leave one of the two out.")
+        if weighted := [name for name, one in found.items() if one.weight != 1]:
+            raise MergeError(
+                f"coefficients are given, so the weight of {', '.join(weighted)} would change nothing. Leave it out."
+            )
+    else:
+        rule = rule or Rule()
+        if rule.policy in get_args(Learned) and how != Method():
+            raise MergeError(
+                f"{rule.policy} learns coefficients of a plain sum, and another method or scale would make another "
+                "model of them. Choose --policy uniform, soft, top, owner or sources; or save what was learned "
+                "(--save-coefficients) and merge by that (--coefficients)."
+            )
     inputs = Inputs.open(
         base,
         {name: one.specialized for name, one in found.items()},
         allow_pickle=allow_pickle,
         any_adapter_base=any_adapter_base,
     )
-    if coefficients is not None:
-        if rule is not None:
-            raise MergeError("coefficients are given, so there is no rule to find them by. Leave one of the two out.")
+    if rule is None:
+        assert coefficients is not None
         given = coefficients if isinstance(coefficients, Coefficients) else Coefficients.load(coefficients)
         resolved = Resolved(coefficients=given)
     else:
-        rule = rule or Rule()
         resolved = resolve(inputs, found, rule, on_step=on_step)
     merged = Merge(
         inputs=inputs,
@@ -110,7 +124,7 @@ def merge(
         base: Hub id, folder or GGUF file.
         experts: `Expert`s, or `"SPECIALIZED=RUN"` and `"SPECIALIZED=RUN:0.7"`.
         out: A new folder, or one of the same merge that was interrupted.
-        rule: From runs to coefficients; None: `Rule()`, which restores every expert's anchors.
+        rule: From runs to coefficients; None: `Rule()`, which restores every expert's streams.
         coefficients: Given ones, or their file, instead of a rule.
         method: How differences are combined: a name out of `METHODS` or settings of your own.
         dtype: Of what is written; None: as the base's files have it.
@@ -127,6 +141,7 @@ def merge(
         MergeError: experts, runs or coefficients that do not fit, or a folder with something else in it.
         PairError: an expert of another architecture or vocabulary, with every difference.
     """
+    check_free(Path(out))
     return prepare(
         base,
         experts,

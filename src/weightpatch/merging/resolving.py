@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from weightpatch.component import Component, components
 from weightpatch.errors import MergeError
 from weightpatch.merging.coefficients import Coefficients
-from weightpatch.merging.experts import Expert, measured, open_run, read_scores, read_sources, units_of
+from weightpatch.merging.experts import Expert, anchors_of, open_run, read_scores, read_sources, units_of
 from weightpatch.merging.inputs import Inputs
 from weightpatch.merging.learning import Blend, Training, Weights, learn
 from weightpatch.merging.policies import SHARE, TEMPERATURE, Policy, only, weigh
@@ -88,7 +88,7 @@ class Resolved:
         coefficients: Of every parameter.
         weights: Expert -> component -> coefficient; empty where components play no part.
         unscored: Expert -> components with coefficients that its run says nothing of.
-        restored: Every anchor, where coefficients were learned.
+        restored: Every anchor with a gap on held-out prompts, where coefficients were learned.
     """
 
     coefficients: Coefficients
@@ -171,10 +171,13 @@ def _learned(
     if what == "anchors":
         losses = restoring(model, learned_from, batch_tokens=batch_tokens)
     else:
-        theirs = {name: {one: blend.base[one] + own[one] for one in own} for name, own in changes.items()}
         restored = restoring_streams if what == "streams" else restoring_outputs
-        losses = restored(model, learned_from, theirs, batch_tokens=batch_tokens)
-        del theirs
+        losses = restored(
+            model,
+            learned_from,
+            lambda name: {one: blend.base[one] + own for one, own in changes[name].items()},
+            batch_tokens=batch_tokens,
+        )
     table = start
     for step in learn(blend, losses, start, training):
         table = step.table
@@ -195,22 +198,22 @@ def _learned(
 def read_aims(inputs: Inputs, runs: Mapping[str, Run]) -> tuple[PreTrainedModel, list[Aim], list[Aim]]:
     """The base, and every anchor of every expert's run on two splits: to learn from, and held out.
 
-    Learned from are prompts that effects were measured on, held out those of the split `validate`; anchors were fitted
-    on others.
+    Learned from are prompts that effects were measured on, held out those of the split `validate`, where the expert
+    reads higher on them than the base; anchors were fitted on others.
 
     Raises:
-        MergeError: an anchor that the expert reads no higher on than the base.
+        MergeError: a run without anchors.
     """
     model = inputs.load_base()
     learned_from: list[Aim] = []
     held_out: list[Aim] = []
     for name, run in runs.items():
         pair = inputs.pair(name, model)
-        for task in measured(run):
+        for task, anchor in anchors_of(run).items():
             prompts = run.prompts().of_task(task)
             for split, aims in (("localize", learned_from), ("validate", held_out)):
-                aims.append(aim(pair, prompts.split(split), run.anchor(task), expert=name, task=task))
-    return model, learned_from, held_out
+                aims.append(aim(pair, prompts.split(split), anchor, expert=name, task=task))
+    return model, learned_from, [one for one in held_out if one.gap > 0]
 
 
 def _recoveries(model: PreTrainedModel, aims: Iterable[Aim], weights: Weights, batch_tokens: int) -> list[float]:

@@ -5,7 +5,7 @@ A few dozen prompts of each expert, no labels, no generation.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -83,12 +83,9 @@ def aim(pair: ModelPair, prompts: ContrastPrompts, anchor: Anchor, *, expert: st
         anchor: Of this task.
         expert: Name.
         task: Name.
-
-    Raises:
-        MergeError: the expert reads no higher than the base.
     """
     base, specialized = reference(pair, prompts, anchor)
-    found = Aim(
+    return Aim(
         expert=expert,
         task=task,
         anchor=anchor,
@@ -96,12 +93,6 @@ def aim(pair: ModelPair, prompts: ContrastPrompts, anchor: Anchor, *, expert: st
         base=base,
         specialized=specialized,
     )
-    if found.gap <= 0:
-        raise MergeError(
-            f"{expert} reads no higher than the base on {task} ({found.gap:.3g}): its anchor cannot be restored. "
-            "Leave the task out, or fit its anchor again."
-        )
-    return found
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -139,7 +130,17 @@ def restoring(model: PreTrainedModel, aims: Sequence[Aim], *, batch_tokens: int 
         model: Of the architecture; its own weights are not used.
         aims: What to restore.
         batch_tokens: Most tokens of one forward pass.
+
+    Raises:
+        MergeError: an expert that reads no higher than the base.
     """
+    for one in aims:
+        if one.gap <= 0:
+            raise MergeError(
+                f"{one.expert} reads no higher than the base on {one.task} ({one.gap:.3g}): its anchor cannot be "
+                "restored. Fit it again (weightpatch run with another --layer), or learn from --policy streams, which "
+                "needs no direction."
+            )
     experts = [one.expert for one in aims]
     n_experts = len(set(experts))
     parts = [
@@ -173,7 +174,7 @@ def _anchored(anchor: Anchor, token_ids: Sequence[tuple[int, ...]]) -> Spot:
 
 
 def restoring_streams(
-    model: PreTrainedModel, aims: Sequence[Aim], experts: Mapping[str, Weights], *, batch_tokens: int = BATCH_TOKENS
+    model: PreTrainedModel, aims: Sequence[Aim], theirs: Callable[[str], Weights], *, batch_tokens: int = BATCH_TOKENS
 ) -> list[Loss]:
     """Losses that are 0 together where whole residual streams are the expert's, at the anchors' positions.
 
@@ -183,7 +184,7 @@ def restoring_streams(
     Args:
         model: The base.
         aims: Where to read.
-        experts: Name -> its weights.
+        theirs: From an expert's name to its weights; called for one task at a time.
         batch_tokens: Most tokens of one forward pass.
     """
     n_layers = len(layers_of(model))
@@ -191,7 +192,8 @@ def restoring_streams(
     for one, share in zip(aims, _shares(aims), strict=True):
         spots = _spots(one, one.anchor.layer, n_layers, batch_tokens)
         with evaluating(model):
-            wanted = [streams(model, [spot], experts[one.expert])[0] for spot in spots]
+            weights = theirs(one.expert)
+            wanted = [streams(model, [spot], weights)[0] for spot in spots]
             gaps = [read - streams(model, [spot], {})[0] for spot, read in zip(spots, wanted, strict=True)]
         scale = torch.cat(gaps, dim=1).square().sum(dim=-1).mean(dim=(1, 2)).clamp_min(_LEAST)
         parts += [(spot, _distance(read, share / scale)) for spot, read in zip(spots, wanted, strict=True)]
@@ -228,7 +230,7 @@ def _distance(wanted: Tensor, shares: Tensor) -> Callable[[Tensor, Weights], Ten
 
 
 def restoring_outputs(
-    model: PreTrainedModel, aims: Sequence[Aim], experts: Mapping[str, Weights], *, batch_tokens: int = BATCH_TOKENS
+    model: PreTrainedModel, aims: Sequence[Aim], theirs: Callable[[str], Weights], *, batch_tokens: int = BATCH_TOKENS
 ) -> list[Loss]:
     """Losses that are 0 together where the next token is as likely as in the expert, behind the anchors' positions.
 
@@ -238,16 +240,16 @@ def restoring_outputs(
     Args:
         model: The base.
         aims: Where to read.
-        experts: Name -> its weights.
+        theirs: From an expert's name to its weights; called for one task at a time.
         batch_tokens: Most tokens of one forward pass.
     """
     n_layers = len(layers_of(model))
     parts: list[Part] = []
     for one, share in zip(aims, _shares(aims), strict=True):
-        theirs = experts[one.expert]
+        weights = theirs(one.expert)
         for spot in _spots(one, n_layers, n_layers, batch_tokens):
             with evaluating(model):
-                wanted = _log_probs(model, streams(model, [spot], theirs)[0], theirs)
+                wanted = _log_probs(model, streams(model, [spot], weights)[0], weights)
             parts.append((spot, _divergence(model, wanted, share)))
     return together(model, parts, batch_tokens=batch_tokens)
 

@@ -14,13 +14,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from weightpatch.architecture import skeleton
-from weightpatch.checkpoint import read_config, read_tokenizer
+from weightpatch.checkpoint import Checkpoint, read_config, read_tokenizer
 from weightpatch.errors import MergeError
-from weightpatch.files import write_whole
+from weightpatch.files import fingerprint, write_whole
 from weightpatch.merging.coefficients import Coefficients
-from weightpatch.merging.combining import METHODS, Method, combine, seeded_draw
+from weightpatch.merging.combining import METHODS, Method, check_fit, combine, seeded_draw
 from weightpatch.merging.inputs import Inputs
 from weightpatch.merging.thresholds import find_threshold
 from weightpatch.residuals import keep_freed_buffers
@@ -50,21 +51,28 @@ class Merge:
     shard_bytes: int = SHARD_BYTES
 
     def __post_init__(self) -> None:
-        """Check that coefficients and inputs fit.
+        """Check that coefficients and inputs fit; experts in another order are put into that of the inputs.
 
         Raises:
-            MergeError: other experts, or parameters without coefficients.
+            MergeError: other experts, parameters without coefficients, or coefficients of a shape that does not fit.
         """
-        wrong: list[str] = []
-        experts = tuple(self.inputs.theirs)
-        if experts != self.coefficients.experts:
-            wrong.append(
-                f"coefficients are of {', '.join(self.coefficients.experts)}, experts are {', '.join(experts)}"
-            )
+        object.__setattr__(self, "coefficients", self.coefficients.of(tuple(self.inputs.theirs)))
         if missing := sorted(self.inputs.ours.shapes.keys() - self.coefficients.tensors.keys()):
-            wrong.append(f"no coefficients for {len(missing)} parameters, the first {missing[0]}")
-        if wrong:
-            raise MergeError(f"cannot be merged: {'; '.join(wrong)}.")
+            raise MergeError(
+                f"no coefficients for {len(missing)} parameters, the first {missing[0]}: they are of another model. "
+                "Make them again (--save-coefficients)."
+            )
+        for name, shape in self.inputs.ours.shapes.items():
+            stacked = len(shape) > 2
+            for one in self.coefficients.tensors[name]:
+                if stacked and one.ndim and len(one) != shape[0]:
+                    raise MergeError(
+                        f"{name}: coefficients of {len(one)} of its {shape[0]} matrices. Give all of them."
+                    )
+                try:
+                    check_fit(one.shape[1:] if stacked else one.shape, shape[1:] if stacked else shape)
+                except MergeError as error:
+                    raise MergeError(f"{name}: {error}") from error
 
     def write(self, out: str | Path, *, on_parameter: Callable[[int, int], None] | None = None) -> Path:
         """Write a folder that transformers loads.
@@ -79,7 +87,8 @@ class Merge:
         Raises:
             MergeError: a folder with something else in it.
         """
-        folder = _claim(Path(out), self._settings())
+        folder = Path(out)
+        _claim(folder, self._settings())
         stored = {name: self.dtype or self.inputs.ours.tensor(name).dtype for name in self.inputs.ours.shapes}
         sizes = {
             name: torch.Size(shape).numel() * stored[name].itemsize for name, shape in self.inputs.ours.shapes.items()
@@ -162,6 +171,7 @@ class Merge:
         return {
             "base": self.inputs.base.reference,
             "experts": {name: one.reference for name, one in self.inputs.experts.items()},
+            "files": {name: fingerprint(one.path) for name, one in self._checkpoints()},
             "method": asdict(self.method),
             "coefficients": digest.hexdigest(),
             "dtype": str(self.dtype).removeprefix("torch.") if self.dtype else "as the base",
@@ -170,6 +180,10 @@ class Merge:
             "versions": {name: version(name) for name in ("weightpatch", "torch", "transformers")},
         }
 
+    def _checkpoints(self) -> Iterator[tuple[str, Checkpoint]]:
+        yield "base", self.inputs.base
+        yield from ((f"expert {name}", one) for name, one in self.inputs.experts.items())
+
     def _finish(
         self,
         folder: Path,
@@ -177,7 +191,7 @@ class Merge:
         sizes: Mapping[str, int],
         stored: Mapping[str, torch.dtype],
     ) -> None:
-        """Index, config and tokenizer."""
+        """Index, configs and tokenizer."""
         if len(shards) > 1:
             places = {name: file for file, names in shards.items() for name in names}
             index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
@@ -188,24 +202,46 @@ class Merge:
         if not config.architectures:  # a GGUF file names none, and mergekit and servers ask for it
             config.architectures = [type(skeleton(config)).__name__]
         config.save_pretrained(folder)
+        if (generation := self.inputs.ours.generation_config) is not None:
+            write_whole(folder / GENERATION_CONFIG_NAME, generation.to_json_string())
         if (tokenizer := read_tokenizer(self.inputs.base)) is not None:
+            template, _ = self.chat_template()
+            tokenizer.chat_template = template
             tokenizer.save_pretrained(folder)
 
+    def chat_template(self) -> tuple[str | dict[str, str] | None, bool]:
+        """The one that all experts' prompts are read with, or the base's where they differ; and whether they differ."""
+        used = [one.chat_template for one in self.inputs.tokenizers.values() if one is not None]
+        if used and all(one == used[0] for one in used):
+            return used[0], False
+        own = read_tokenizer(self.inputs.base)
+        return own.chat_template if own is not None else None, bool(used)
 
-def _claim(folder: Path, settings: Mapping[str, Any]) -> Path:
+
+def check_free(folder: Path) -> None:
+    """Check that a merge may be written to a folder: it is new, empty, or holds one already.
+
+    Raises:
+        MergeError: something else is in it.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise MergeError(f"{folder} is a file: name a new folder.")
+    if folder.is_dir() and not (folder / _NOTE).is_file() and any(folder.iterdir()):
+        raise MergeError(f"{folder} is not empty and holds no merge: name a new folder.")
+
+
+def _claim(folder: Path, settings: Mapping[str, Any]) -> None:
     """Begin the folder, or go on in one of the same merge."""
+    check_free(folder)
     folder.mkdir(parents=True, exist_ok=True)
     note = folder / _NOTE
     if not note.is_file():
-        if any(folder.iterdir()):
-            raise MergeError(f"{folder} is not empty and holds no merge: name a new folder.")
         write_whole(note, json.dumps(settings, indent=1) + "\n")
-        return folder
+        return
     found: dict[str, Any] = json.loads(note.read_text(encoding="utf-8"))
     wanted: dict[str, Any] = json.loads(json.dumps(settings))
     if differing := [key for key in wanted if found.get(key) != wanted[key]]:
         raise MergeError(f"{folder} holds a merge of another {', '.join(differing)}: name another folder.")
-    return folder
 
 
 def _shards(sizes: Mapping[str, int], most: int) -> Iterator[tuple[str, list[str]]]:
