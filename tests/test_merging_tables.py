@@ -85,7 +85,7 @@ def test_intervals_hold_the_true_difference_about_as_often_as_they_say(
 ) -> None:
     monkeypatch.setattr(table, "N_DRAWS", 400)
     held = []
-    for seed in range(100):
+    for seed in range(200):
         every = cases(0.6, 0.5, 6, spread=0.1, seed=seed)
         if interval == "bootstrap":
             low, high = table.bootstrap(every, "a", "b")

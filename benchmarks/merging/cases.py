@@ -49,7 +49,6 @@ class Case:
         tokenizer: Its tokenizer.
         inputs: Base and experts.
         units: What is scored.
-        n_prompts: Of each task, that coefficients are learned from; None: all that effects were measured on.
         batch_size: Problems that are answered side by side.
     """
 
@@ -64,7 +63,6 @@ class Case:
     tokenizer: PreTrainedTokenizerBase
     inputs: Inputs
     units: str = "heads,kvs,mlps"
-    n_prompts: int | None = None
     batch_size: int = 160
     _cache: dict[str, Any] = field(default_factory=dict)
 

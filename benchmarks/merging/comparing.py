@@ -12,11 +12,15 @@ from typing import Any
 from cases import Case, Weights
 from methods import Config, Way
 
+from weightpatch.files import write_whole
+
 Record = dict[str, Any]
 
 
 def compare(case: Case, every: Sequence[Way], *, oracle: bool = False) -> None:
     """Fill `results.jsonl` of a case: one line for each method, configuration and split; those that are there stay.
+
+    Which configurations a method has now, its default first, stands in `grid.json`.
 
     Args:
         case: What is merged.
@@ -24,10 +28,16 @@ def compare(case: Case, every: Sequence[Way], *, oracle: bool = False) -> None:
         oracle: Whether all configurations go through test, not only the default and the selected one.
     """
     file = case.folder / "results.jsonl"
-    known = {_key(record): record for record in read(file)}
+    known = by_key(read(file))
+    if file.is_file() and not file.read_bytes().endswith(b"\n"):  # a line that was cut off
+        with file.open("a", encoding="utf-8") as stream:
+            stream.write("\n")
+    grid = case.folder / "grid.json"
+    grids = json.loads(grid.read_text(encoding="utf-8")) if grid.is_file() else {}
+    write_whole(grid, json.dumps(grids | {way.name: list(way.configs) for way in every}, indent=1) + "\n")
 
     def measured(way: str, config: Config, split: str, build: Any) -> Record:
-        key = json.dumps([way, config, split], sort_keys=True)
+        key = key_of(way, config, split)
         if key not in known:
             began = time.monotonic()
             weights: Weights = build()
@@ -45,6 +55,13 @@ def compare(case: Case, every: Sequence[Way], *, oracle: bool = False) -> None:
         for expert in case.experts:
             whole = {name: base + changes[expert][name] for name, base in case.weights.items()}
             measured(f"expert {expert}", {}, split, lambda whole=whole: whole)
+    for split in ("validation", "test"):
+        below = known[key_of("base", {}, split)]["passed"]
+        for expert in case.experts:
+            if _rate(known[key_of(f"expert {expert}", {}, split)]["passed"][expert]) <= _rate(below[expert]):
+                raise SystemExit(
+                    f"{case.name}: {expert} solves no more of {split} than the base, so nothing is to win."
+                )
     for way in every:
         records = [
             measured(way.name, config, "validation", lambda c=config, w=way: w.build(case, c)) for config in way.configs
@@ -64,10 +81,10 @@ def compare(case: Case, every: Sequence[Way], *, oracle: bool = False) -> None:
 def recoveries(record: Record, known: dict[str, Record]) -> dict[str, float]:
     """(merged - base) / (expert - base) of each expert's pass rate, same split."""
     split = record["split"]
-    base = known[json.dumps(["base", {}, split], sort_keys=True)]["passed"]
+    base = known[key_of("base", {}, split)]["passed"]
     found = {}
     for expert, passed in record["passed"].items():
-        own = known[json.dumps([f"expert {expert}", {}, split], sort_keys=True)]["passed"][expert]
+        own = known[key_of(f"expert {expert}", {}, split)]["passed"][expert]
         found[expert] = (_rate(passed) - _rate(base[expert])) / (_rate(own) - _rate(base[expert]))
     return found
 
@@ -91,11 +108,12 @@ def read(file: Path) -> list[Record]:
 
 def by_key(records: Sequence[Record]) -> dict[str, Record]:
     """Records by method, configuration and split."""
-    return {_key(record): record for record in records}
+    return {key_of(record["method"], record["config"], record["split"]): record for record in records}
 
 
-def _key(record: Record) -> str:
-    return json.dumps([record["method"], record["config"], record["split"]], sort_keys=True)
+def key_of(method: str, config: Config, split: str) -> str:
+    """What a record is found by."""
+    return json.dumps([method, config, split], sort_keys=True)
 
 
 def _rate(passed: Sequence[int]) -> float:

@@ -23,8 +23,6 @@ from weightpatch.merging.restoring import Aim, restoring, restoring_outputs, res
 from weightpatch.residuals import BATCH_TOKENS, batches, pad
 
 UNIFORM = ", uniform of the same means"
-N_STEPS = 80
-"""Of learning, as a rule; its rate falls along all of them, wherever it is stopped."""
 
 Scores = dict[str, dict[Component, float]]
 
@@ -91,11 +89,11 @@ def _activation(case: Case, expert: str, scores: Mapping[Component, float]) -> d
     return {one: known[str(one)] for one in scores}
 
 
-def learned(name: str, n_steps: int = N_STEPS) -> Callable[[Case, dict[str, Any]], Weights]:
+def learned(name: str) -> Callable[[Case, dict[str, Any]], Weights]:
     """Coefficients that are learned, by what they are learned from."""
 
     def build(case: Case, config: dict[str, Any]) -> Weights:
-        table = _learned(case, name.removesuffix(UNIFORM), config, n_steps)
+        table = _learned(case, name.removesuffix(UNIFORM), config)
         if name.endswith(UNIFORM):
             table = torch.cat([table[:, :-1].mean(dim=1, keepdim=True).expand_as(table[:, :-1]), table[:, -1:]], dim=1)
         return _blend(case, config["units"]).weights(table)
@@ -103,13 +101,13 @@ def learned(name: str, n_steps: int = N_STEPS) -> Callable[[Case, dict[str, Any]
     return build
 
 
-def _learned(case: Case, name: str, config: dict[str, Any], n_steps: int) -> Tensor:
+def _learned(case: Case, name: str, config: dict[str, Any]) -> Tensor:
     """A table of coefficients; learned once for all steps to stop at, and for the control of the same means."""
-    key = f"tables {name} {config['units']} {config['start']}"
+    key = f"tables {name} { ({**config, 'stop_at': None}) }"
     if key not in case._cache:
         blend = _blend(case, config["units"])
         start = torch.full((len(case.experts), len(blend.components) + 1), float(config["start"]))
-        steps = learn(blend, _losses(case, name), start, Training(n_steps=n_steps))
+        steps = learn(blend, _losses(case, name, config["n_prompts"]), start, Training(n_steps=config["n_steps"]))
         case._cache[key] = {number: step.table for number, step in enumerate(steps, 1)}
     found: Tensor = case._cache[key][config["stop_at"]]
     return found
@@ -123,17 +121,19 @@ def _blend(case: Case, units: str) -> Blend:
     return found
 
 
-def _losses(case: Case, name: str) -> list[Loss]:
-    if f"losses {name}" not in case._cache:
-        case._cache[f"losses {name}"] = _new_losses(case, name)
-    found: list[Loss] = case._cache[f"losses {name}"]
+def _losses(case: Case, name: str, n_prompts: int) -> list[Loss]:
+    key = f"losses {name} {n_prompts}"
+    if key not in case._cache:
+        case._cache[key] = _new_losses(case, name, n_prompts)
+    found: list[Loss] = case._cache[key]
     return found
 
 
-def _new_losses(case: Case, name: str) -> list[Loss]:
+def _new_losses(case: Case, name: str, n_prompts: int) -> list[Loss]:
     if name == "streams and KL":
-        return [*_losses(case, "KL to the experts"), *map(_ten_times, _losses(case, "streams"))]
-    aims = _aims(case)
+        parts = [_losses(case, one, n_prompts) for one in ("KL to the experts", "streams")]
+        return [*parts[0], *map(_ten_times, parts[1])]
+    aims = _aims(case, n_prompts)
     if name == "anchors":
         return restoring(case.model, aims)
     if name == "anchors, random directions":
@@ -152,14 +152,13 @@ def _ten_times(loss: Loss) -> Loss:
     return lambda weights: 10 * loss(weights)
 
 
-def _aims(case: Case) -> list[Aim]:
+def _aims(case: Case, n_prompts: int) -> list[Aim]:
     if "aims" not in case._cache:
-        case._cache["aims"] = [_first(one, case.n_prompts) for one in read_aims(case.inputs, case.runs())[1]]
-    found: list[Aim] = case._cache["aims"]
-    return found
+        case._cache["aims"] = read_aims(case.inputs, case.runs())[1]
+    return [_first(one, n_prompts) for one in case._cache["aims"]]
 
 
-def _first(one: Aim, n: int | None) -> Aim:
+def _first(one: Aim, n: int) -> Aim:
     """An aim on the first prompts of its task alone."""
     assert not one.anchor.is_difference
     return replace(one, token_ids=one.token_ids[:n], base=one.base[:n], specialized=one.specialized[:n])
@@ -176,7 +175,7 @@ def _turned(case: Case, one: Aim, seed: int) -> Aim:
     prompts = run.prompts().of_task(one.task).split("localize")
     pair = case.pair(one.expert)
     base, specialized = (
-        readouts(model, pair, prompts, anchor)[: case.n_prompts] for model in (pair.base, pair.specialized)
+        readouts(model, pair, prompts, anchor)[: len(one.token_ids)] for model in (pair.base, pair.specialized)
     )
     spread = (specialized - base).square().mean().sqrt() * torch.sign((specialized - base).mean())
     return replace(one, anchor=anchor, base=specialized - spread, specialized=specialized)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from cases import Case, Weights
-from guides import N_STEPS, learned, scores_of
+from guides import learned, scores_of
 from torch import Tensor
 
 from weightpatch.merging.coefficients import Coefficients
@@ -22,7 +22,7 @@ from weightpatch.merging.combining import METHODS, Method
 from weightpatch.merging.policies import weigh
 from weightpatch.merging.writing import Merge
 from weightpatch.prompts import tokenize
-from weightpatch.residuals import batches, evaluating, pad
+from weightpatch.residuals import evaluating
 
 Config = dict[str, Any]
 LAMBDAS = tuple(round(0.1 * step, 1) for step in range(1, 11))
@@ -135,7 +135,7 @@ def _activations(case: Case) -> Mapping[str, Tensor]:
         if isinstance(module, torch.nn.Linear) and name != "lm_head":
 
             def add(_module: Any, args: tuple[Tensor, ...], name: str = name) -> None:
-                sums[f"{name}.weight"] = sums.get(f"{name}.weight", 0) + args[0].abs().mean(dim=(0, 1))
+                sums[f"{name}.weight"] = sums.get(f"{name}.weight", 0) + args[0].abs().sum(dim=(0, 1))
 
             hooks.append(module.register_forward_pre_hook(add))
     texts = [
@@ -143,8 +143,8 @@ def _activations(case: Case) -> Mapping[str, Tensor]:
         for prompt, answer in case.plain
     ]
     with evaluating(case.model):
-        for batch in batches(texts, 1024):
-            case.model(input_ids=pad([texts[place] for place in batch], case.model.device), use_cache=False)
+        for text in texts:  # one by one: padding is no text
+            case.model(input_ids=torch.tensor([text], device=case.model.device), use_cache=False)
     for hook in hooks:
         hook.remove()
     case._cache["activations"] = {name: total / total.max() for name, total in sums.items()}
@@ -185,15 +185,18 @@ LEARNED = (
     ("anchors, random directions", "control", COARSE_TOO),
     ("anchors, uniform of the same means", "control", COARSE_TOO),
 )
+N_STEPS = 80
+"""Of learning; its rate falls along all of them, wherever it is stopped."""
 STARTS = (0.4, 0.5, 0.6, 0.8, 1.0)
 
 
-def learnings(units: Sequence[str], starts: Sequence[float], n_steps: int) -> list[Config]:
+def learnings(units: Sequence[str], starts: Sequence[float], n_steps: int, n_prompts: int) -> list[Config]:
     """Configurations of what is learned: units, where it starts, after how many of its steps it is stopped."""
     eighths = (1, 2, 3, 4, 6, 8) if len(units) == 1 else (2, 4, 8)
+    alike = {"n_steps": n_steps, "n_prompts": n_prompts}
     default: Config = {"units": FINE[0], "start": 0.8, "stop_at": n_steps}
     stops = [n_steps * share // 8 for share in eighths]
-    return first(default, grid(units=units, start=starts, stop_at=stops))
+    return [one | alike for one in first(default, grid(units=units, start=starts, stop_at=stops))]
 
 
 def thinned(configs: Sequence[Config], n: int) -> list[Config]:
@@ -202,11 +205,12 @@ def thinned(configs: Sequence[Config], n: int) -> list[Config]:
     return [configs[0], *(others[place * len(others) // (n - 1)] for place in range(n - 1))]
 
 
-def ways(n_experts: int, *, starts: Sequence[float] = STARTS, n_steps: int = N_STEPS) -> list[Way]:
+def ways(n_experts: int, *, n_prompts: int, starts: Sequence[float] = STARTS, n_steps: int = N_STEPS) -> list[Way]:
     """All methods for so many experts, with six configurations of each to every start of learning.
 
     Args:
         n_experts: How many are merged.
+        n_prompts: Of each task, that coefficients are learned from.
         starts: Coefficients that learning starts from, one for all; .8 is one of them.
         n_steps: Of learning, a multiple of 8.
     """
@@ -310,7 +314,7 @@ def ways(n_experts: int, *, starts: Sequence[float] = STARTS, n_steps: int = N_S
         found.append(Way(name=f"soft, {scores}", configs=soft, build=guided("soft", scores), kind="control"))
     found = [replace(way, configs=thinned(way.configs, n_configs)) for way in found]
     found += [
-        Way(name=name, configs=learnings(units, starts, n_steps), build=learned(name, n_steps), kind=kind)
+        Way(name=name, configs=learnings(units, starts, n_steps, n_prompts), build=learned(name), kind=kind)
         for name, kind, units in LEARNED
     ]
     wrong = [way.name for way in found if len(way.configs) != n_configs]

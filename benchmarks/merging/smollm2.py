@@ -171,10 +171,9 @@ def main() -> None:
             tokenizer=tokenizer,
             inputs=Inputs.open(base, experts, any_adapter_base=True),
             units="attns,mlps",
-            n_prompts=N_PROMPTS,
             batch_size=40,
         )
-        every = ways(len(experts), starts=STARTS, n_steps=N_STEPS)
+        every = ways(len(experts), n_prompts=N_PROMPTS, starts=STARTS, n_steps=N_STEPS)
         compare(case, [way for way in every if not options.only or way.name in options.only], oracle=options.oracle)
 
 

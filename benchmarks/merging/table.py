@@ -6,7 +6,7 @@ For every method, over all cases: recovery (merged - base) / (expert - base) of 
 with its default and with the configuration selected on validation; the worst expert; normalised performance (merged /
 expert); forgetting (nats per token of plain answers more than the base); and the paired difference of one method to
 each other one, with two 95 % intervals: by a bootstrap that draws cases, and within a case problems, the same for
-all, and Student's over the cases' differences, which is wider where cases are few.
+all, and Student's over the cases' differences.
 """
 
 from __future__ import annotations
@@ -17,11 +17,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from comparing import Record, by_key, mean_recovery, read, recoveries
+from comparing import Record, by_key, key_of, mean_recovery, read, recoveries
 from scipy import stats
 
 N_DRAWS = 10_000
+SPLITS = ("validation", "test")
 Results = Mapping[str, Record]
+
+
+def read_case(folder: Path) -> Results:
+    """What was measured in one case, but for configurations that the grid of today does not have; its default first."""
+    known = by_key(read(folder / "results.jsonl"))
+    grids = json.loads((folder / "grid.json").read_text(encoding="utf-8"))
+    fixed = {key: record for key, record in known.items() if record["method"] not in grids}
+    asked = (key_of(name, one, split) for name, configs in grids.items() for one in configs for split in SPLITS)
+    return fixed | {key: known[key] for key in asked if key in known}
 
 
 def chosen(known: Results, method: str, split: str = "test") -> dict[str, Record]:
@@ -61,33 +71,34 @@ def student(values: np.ndarray) -> tuple[float, float]:
 def bootstrap(cases: Sequence[Results], first: str, second: str, *, seed: int = 0) -> tuple[float, float]:
     """A 95 % interval of the mean difference.
 
-    Cases are drawn with replacement, and within each the problems of every expert; base and experts are drawn on the
-    same problems.
+    Cases are drawn with replacement, and within each, whenever it is drawn, the problems of every expert; base and
+    experts are drawn on the same problems.
     """
     draw = np.random.default_rng(seed)
-    every = [_drawn(known, first, second, draw) for known in cases]
     picks = draw.integers(len(cases), size=(N_DRAWS, len(cases)))
-    drawn = np.stack(every)[picks, np.arange(N_DRAWS)[:, None]].mean(axis=1)
-    low, high = np.quantile(drawn, [0.025, 0.975])
+    drawn = np.zeros(picks.shape)
+    for place, known in enumerate(cases):
+        drawn[picks == place] = _drawn(known, first, second, draw, int((picks == place).sum()))
+    low, high = np.quantile(drawn.mean(axis=1), [0.025, 0.975])
     return float(low), float(high)
 
 
-def _drawn(known: Results, first: str, second: str, draw: np.random.Generator) -> np.ndarray:
-    """Of one case, for every draw of its problems."""
+def _drawn(known: Results, first: str, second: str, draw: np.random.Generator, n: int) -> np.ndarray:
+    """Differences in one case, for so many draws of its problems."""
     one, other = (chosen(known, name)["selected"]["passed"] for name in (first, second))
     base = _passed(known, "base")
-    total = np.zeros(N_DRAWS)
+    total = np.zeros(n)
     for expert in one:
         own = np.array(_passed(known, f"expert {expert}")[expert], dtype=float)
         rows = [np.array(found[expert], dtype=float) for found in (one, other, base)]
-        picks = draw.integers(len(own), size=(N_DRAWS, len(own)))
+        picks = draw.integers(len(own), size=(n, len(own)))
         merged, against, below = (row[picks].mean(axis=1) for row in rows)
         total += (merged - against) / (own[picks].mean(axis=1) - below)
     return total / len(one)
 
 
 def _passed(known: Results, method: str) -> Mapping[str, Sequence[int]]:
-    found: Mapping[str, Sequence[int]] = known[json.dumps([method, {}, "test"], sort_keys=True)]["passed"]
+    found: Mapping[str, Sequence[int]] = known[key_of(method, {}, "test")]["passed"]
     return found
 
 
@@ -114,7 +125,7 @@ def summary(cases: Sequence[Results], method: str) -> list[str]:
     ]
     columns.append(f"{np.mean(ratios):.3f}")
     lost = [
-        record["plain_loss"] - known[json.dumps(["base", {}, "test"], sort_keys=True)]["plain_loss"]
+        record["plain_loss"] - known[key_of("base", {}, "test")]["plain_loss"]
         for record, known in zip(picked, cases, strict=True)
     ]
     columns.append(f"{np.mean(lost):.3f}")
@@ -129,10 +140,13 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", default=["*"], help="folders in DIR, all by default")
     options = parser.parse_args()
     files = sorted(file for name in options.cases for file in options.work.glob(f"{name}/results.jsonl"))
-    cases = [by_key(read(file)) for file in files]
+    cases = [read_case(file.parent) for file in files]
     methods = list(dict.fromkeys(record["method"] for known in cases for record in known.values()))
     whole = [one for one in methods if all("selected" in chosen(known, one) for known in cases)]
-    print(f"{len(cases)} cases: {', '.join(file.parent.name for file in files)}\n")
+    print(f"{len(cases)} cases: {', '.join(file.parent.name for file in files)}")
+    if parted := [one for one in methods if one not in whole]:
+        print(f"left out, as not all cases have them: {', '.join(parted)}")
+    print()
     print("| method | default | selected | oracle | worst expert | normalised | forgetting |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     rows = [summary(cases, one) for one in whole if one != "base" and not one.startswith("expert ")]

@@ -28,7 +28,7 @@ ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT / "recipes"))
 
 
-def open_case(folder: Path, seed: int, *, chosen: str, n_prompts: int) -> Case:
+def open_case(folder: Path, seed: int, *, chosen: str) -> Case:
     """Experts of one set and seed, trained if need be."""
     from tiny_experts import EXPERTS, passes, read_rows
 
@@ -64,7 +64,6 @@ def open_case(folder: Path, seed: int, *, chosen: str, n_prompts: int) -> Case:
         model=model,
         tokenizer=tokenizer,
         inputs=Inputs.open(base, experts),
-        n_prompts=n_prompts,
     )
 
 
@@ -73,7 +72,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Compare merging methods on small experts.")
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--experts", choices=["three", "six"], default="six")
-    parser.add_argument("--prompts", type=int, default=1, help="of each form, that coefficients are learned from")
+    parser.add_argument("--prompts", type=int, default=2, help="of each form, that coefficients are learned from")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     parser.add_argument("--only", nargs="+", help="these methods alone")
     parser.add_argument("--oracle", action="store_true", help="measure every configuration on test too")
@@ -82,9 +81,9 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     for seed in options.seeds:
         folder = options.work / f"{options.experts}-{seed}"
-        case = open_case(folder, seed, chosen=options.experts, n_prompts=options.prompts)
-        every = [way for way in ways(len(case.experts)) if not options.only or way.name in options.only]
-        compare(case, every, oracle=options.oracle)
+        case = open_case(folder, seed, chosen=options.experts)
+        every = ways(len(case.experts), n_prompts=options.prompts)
+        compare(case, [way for way in every if not options.only or way.name in options.only], oracle=options.oracle)
 
 
 if __name__ == "__main__":

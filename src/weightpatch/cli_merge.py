@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from weightpatch.cli_options import AllowPickle, AnyAdapterBase, AsJson, Base, quiet
+from weightpatch.cli_options import AllowPickle, AnyAdapterBase, AsJson, Base, DeviceMap, quiet
 from weightpatch.errors import MergeError
 from weightpatch.terminal import counting, print_json, print_table, status
 
@@ -88,6 +88,7 @@ def merge(
         bool, typer.Option("--plan", help="Tell what would be done, tensor by tensor; write no model.")
     ] = False,
     emit_mergekit: Annotated[Path | None, typer.Option(help="Write a mergekit recipe of the same merge.")] = None,
+    device_map: DeviceMap = None,
     allow_pickle: AllowPickle = False,
     any_adapter_base: AnyAdapterBase = False,
     as_json: AsJson = False,
@@ -132,6 +133,7 @@ def merge(
             dtype=read_dtype(dtype) if dtype else None,
             seed=seed,
             shard_bytes=shard_bytes,
+            device_map=device_map,
             allow_pickle=allow_pickle,
             any_adapter_base=any_adapter_base,
         )

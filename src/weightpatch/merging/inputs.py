@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from weightpatch.architecture import Architecture, skeleton
-from weightpatch.checkpoint import Checkpoint, find, load
+from weightpatch.checkpoint import Checkpoint, DeviceMap, find, load
 from weightpatch.errors import MergeError
 from weightpatch.pair import Known, ModelPair, check_pair
 from weightpatch.sources import Source, open_source
@@ -30,6 +30,7 @@ class Inputs:
         ours: Gives the base's weights.
         theirs: Expert -> gives its weights.
         allow_pickle: Whether pickled weights may be read.
+        device_map: Where the base is loaded when something is learned.
     """
 
     base: Checkpoint
@@ -39,6 +40,7 @@ class Inputs:
     ours: Source
     theirs: Mapping[str, Source]
     allow_pickle: bool = False
+    device_map: DeviceMap | None = None
 
     @classmethod
     def open(
@@ -48,6 +50,7 @@ class Inputs:
         *,
         allow_pickle: bool = False,
         any_adapter_base: bool = False,
+        device_map: DeviceMap | None = None,
     ) -> Inputs:
         """Find everything and check each expert against the base as a pair, before any weight is read.
 
@@ -56,6 +59,7 @@ class Inputs:
             experts: Name -> hub id, folder, GGUF file, or PEFT adapter folder over the base.
             allow_pickle: Read pickled weights too.
             any_adapter_base: Take adapters that name another base.
+            device_map: As in transformers: where the base is loaded when something is learned.
 
         Raises:
             MergeError: no experts.
@@ -80,11 +84,12 @@ class Inputs:
             ours=ours,
             theirs={name: _open(one, below, ours, allow_pickle=allow_pickle) for name, one in found.items()},
             allow_pickle=allow_pickle,
+            device_map=device_map,
         )
 
     def load_base(self) -> PreTrainedModel:
         """The base in memory, float32."""
-        return load(self.base, dtype=torch.float32, allow_pickle=self.allow_pickle)
+        return load(self.base, dtype=torch.float32, device_map=self.device_map, allow_pickle=self.allow_pickle)
 
     def pair(self, expert: str, base: PreTrainedModel) -> ModelPair:
         """The pair of an expert, whose weights are read when they are needed.

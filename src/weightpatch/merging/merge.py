@@ -9,6 +9,7 @@ from typing import get_args
 
 import torch
 
+from weightpatch.checkpoint import DeviceMap
 from weightpatch.errors import MergeError
 from weightpatch.merging.card import write_card
 from weightpatch.merging.coefficients import Coefficients
@@ -60,6 +61,7 @@ def prepare(
     shard_bytes: int = SHARD_BYTES,
     allow_pickle: bool = False,
     any_adapter_base: bool = False,
+    device_map: DeviceMap | None = None,
     on_step: Callable[[float], None] | None = None,
 ) -> Prepared:
     """Decide a merge; arguments and errors as `merge`."""
@@ -85,6 +87,7 @@ def prepare(
         {name: one.specialized for name, one in found.items()},
         allow_pickle=allow_pickle,
         any_adapter_base=any_adapter_base,
+        device_map=device_map,
     )
     if rule is None:
         assert coefficients is not None
@@ -116,6 +119,7 @@ def merge(
     shard_bytes: int = SHARD_BYTES,
     allow_pickle: bool = False,
     any_adapter_base: bool = False,
+    device_map: DeviceMap | None = None,
     on_step: Callable[[float], None] | None = None,
 ) -> Path:
     """Merge experts of one base, each by what its run says that it brings.
@@ -132,6 +136,7 @@ def merge(
         shard_bytes: Of one file of weights, at most.
         allow_pickle: Read pickled weights too.
         any_adapter_base: Take adapters that name another base.
+        device_map: As in transformers: where models are run when coefficients are learned; the rest goes on the CPU.
         on_step: Called with the loss of every step where coefficients are learned.
 
     Returns:
@@ -153,5 +158,6 @@ def merge(
         shard_bytes=shard_bytes,
         allow_pickle=allow_pickle,
         any_adapter_base=any_adapter_base,
+        device_map=device_map,
         on_step=on_step,
     ).write(out)
