@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -12,8 +11,7 @@ from transformers import PreTrainedModel
 from conftest import build_model
 from weightpatch import Anchor
 from weightpatch.errors import MergeError
-from weightpatch.merging.learning import Loss
-from weightpatch.merging.restoring import Aim, restoring, restoring_outputs, restoring_streams
+from weightpatch.merging.restoring import Aim, Weighing, restoring, restoring_states
 
 DRAW = torch.Generator().manual_seed(5)
 
@@ -108,7 +106,9 @@ def test_streams_are_restored_by_their_squared_distances_in_that_of_base_and_exp
             )
             ratio = (merged - theirs).square().sum() / (theirs - ours).square().sum()
             wanted += float(ratio) / len(layers) / len(plain)
-    losses = restoring_streams(models["base"], plain, experts.__getitem__, batch_tokens=batch_tokens)
+    losses = restoring_states(
+        models["base"], plain, experts.__getitem__, Weighing(streams=1), batch_tokens=batch_tokens
+    )
     assert (len(losses) == 1) == (batch_tokens == 4096)
     assert sum(float(loss(weights_of(models["merge"]))) for loss in losses) == pytest.approx(wanted, rel=1e-4)
 
@@ -130,19 +130,39 @@ def test_outputs_are_restored_by_the_divergence_from_the_experts_next_token(
             divergence = (theirs.exp() * (theirs - merged)).sum(-1)
             read = [float(divergence[position]) for position in one.anchor.positions]
             wanted += sum(read) / len(read) / len(one.token_ids) / len(plain)
-    losses = restoring_outputs(models["base"], plain, experts.__getitem__, batch_tokens=batch_tokens)
+    losses = restoring_states(
+        models["base"], plain, experts.__getitem__, Weighing(outputs=1), batch_tokens=batch_tokens
+    )
     assert (len(losses) == 1) == (batch_tokens == 4096)
     assert sum(float(loss(weights_of(models["merge"]))) for loss in losses) == pytest.approx(wanted, rel=1e-4)
 
 
-@pytest.mark.parametrize("restoring_what", [restoring_streams, restoring_outputs])
+@pytest.mark.parametrize("batch_tokens", [1, 20, 4096])
+def test_both_are_restored_by_their_weighted_sum(
+    models: dict[str, PreTrainedModel], aims: list[Aim], batch_tokens: int
+) -> None:
+    experts = {name: weights_of(models[name]) for name in ("one", "two")}
+    streams, outputs, both = (
+        sum(
+            float(loss(weights_of(models["merge"])))
+            for loss in restoring_states(
+                models["base"], aims[:2], experts.__getitem__, weighing, batch_tokens=batch_tokens
+            )
+        )
+        for weighing in (Weighing(streams=1), Weighing(outputs=1), Weighing(streams=10, outputs=0.5))
+    )
+    assert both == pytest.approx(10 * streams + 0.5 * outputs, rel=1e-5)
+    assert min(streams, outputs) > 0.1
+
+
+@pytest.mark.parametrize("weighing", [Weighing(streams=1), Weighing(outputs=1), Weighing(streams=10, outputs=1)])
 def test_nothing_is_left_to_restore_in_the_expert_itself(
     models: dict[str, PreTrainedModel],
     aims: list[Aim],
-    restoring_what: Callable[..., list[Loss]],
+    weighing: Weighing,
 ) -> None:
     own = [one for one in aims if one.expert == "one"]
-    (loss,) = restoring_what(models["base"], own, {"one": weights_of(models["one"])}.__getitem__)
+    (loss,) = restoring_states(models["base"], own, {"one": weights_of(models["one"])}.__getitem__, weighing)
     assert float(loss(weights_of(models["one"]))) < 1e-9 < float(loss(weights_of(models["base"])))
 
 
@@ -153,6 +173,8 @@ def test_an_anchor_that_the_expert_reads_no_higher_on_cannot_be_restored_but_its
     with pytest.raises(MergeError, match=r"reads no higher than the base on a .* --policy streams"):
         restoring(models["base"], [turned])
     experts = {"one": weights_of(models["one"])}
-    losses = [restoring_streams(models["base"], [one], experts.__getitem__) for one in (turned, aims[0])]
+    losses = [
+        restoring_states(models["base"], [one], experts.__getitem__, Weighing(streams=1)) for one in (turned, aims[0])
+    ]
     merge = weights_of(models["merge"])
     assert float(losses[0][0](merge)) == float(losses[1][0](merge)) > 0

@@ -18,8 +18,8 @@ from weightpatch.difference import weight_differences
 from weightpatch.localization import localize
 from weightpatch.merging.experts import read_scores
 from weightpatch.merging.learning import Blend, Loss, Training, learn
-from weightpatch.merging.resolving import read_aims
-from weightpatch.merging.restoring import Aim, restoring, restoring_outputs, restoring_streams
+from weightpatch.merging.resolving import STATES, read_aims
+from weightpatch.merging.restoring import Aim, restoring, restoring_states
 from weightpatch.residuals import BATCH_TOKENS, batches, pad
 
 UNIFORM = ", uniform of the same means"
@@ -130,9 +130,6 @@ def _losses(case: Case, name: str, n_prompts: int) -> list[Loss]:
 
 
 def _new_losses(case: Case, name: str, n_prompts: int) -> list[Loss]:
-    if name == "streams and KL":
-        parts = [_losses(case, one, n_prompts) for one in ("KL to the experts", "streams")]
-        return [*parts[0], *map(_ten_times, parts[1])]
     aims = _aims(case, n_prompts)
     if name == "anchors":
         return restoring(case.model, aims)
@@ -140,16 +137,12 @@ def _new_losses(case: Case, name: str, n_prompts: int) -> list[Loss]:
         return restoring(case.model, [_turned(case, one, place) for place, one in enumerate(aims)])
     if name == "entropy":
         return _entropies(case, aims)
-    restored = restoring_streams if name == "streams" else restoring_outputs
-    return restored(
+    return restoring_states(
         case.model,
         aims,
         lambda expert: {key: case.weights[key] + change for key, change in case.changes()[expert].items()},
+        STATES[{"streams and KL": "streams+outputs", "KL to the experts": "outputs", "streams": "streams"}[name]],
     )
-
-
-def _ten_times(loss: Loss) -> Loss:
-    return lambda weights: 10 * loss(weights)
 
 
 def _aims(case: Case, n_prompts: int) -> list[Aim]:

@@ -33,12 +33,13 @@ def merge(
         Path | None, typer.Option(help="The merged folder; the same command continues an interrupted one.")
     ] = None,
     policy: Annotated[
-        Literal["uniform", "soft", "top", "owner", "sources", "anchors", "streams", "outputs"] | None,
+        Literal["uniform", "soft", "top", "owner", "sources", "anchors", "streams", "outputs", "streams+outputs"]
+        | None,
         typer.Option(
             help="From runs to coefficients (streams). uniform: task arithmetic, needs no run. soft, top, owner: by "
             "ranks of recovery. sources: the components with this role. anchors: learned, so that every anchor is "
-            "restored. streams, outputs: learned, so that residual streams, or what the next token will be, are "
-            "restored where anchors are read."
+            "restored. streams, outputs, streams+outputs: learned, so that residual streams, or what the next token "
+            "will be, or both, are restored where anchors are read."
         ),
     ] = None,
     units: Annotated[
@@ -163,7 +164,7 @@ _USED_BY = {
     "top": ("units", "rest", "share"),
     "owner": ("units", "rest"),
     "sources": ("units", "rest"),
-    **dict.fromkeys(("streams", "outputs", "anchors"), ("units", "rest", *_LEARNING)),
+    **dict.fromkeys(("streams", "outputs", "streams+outputs", "anchors"), ("units", "rest", *_LEARNING)),
 }
 """Policy -> settings that it reads."""
 _THINNING_USED_BY = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal, cast, get_args
 
 from transformers import PreTrainedModel
 
@@ -15,19 +15,26 @@ from weightpatch.merging.experts import Expert, anchors_of, open_run, read_score
 from weightpatch.merging.inputs import Inputs
 from weightpatch.merging.learning import Blend, Training, Weights, learn
 from weightpatch.merging.policies import SHARE, TEMPERATURE, Policy, only, weigh
-from weightpatch.merging.restoring import Aim, aim, restoring, restoring_outputs, restoring_streams
+from weightpatch.merging.restoring import Aim, Weighing, aim, restoring, restoring_states
 from weightpatch.residuals import BATCH_TOKENS
 
 if TYPE_CHECKING:
     from weightpatch.run import Run
 
-Learned = Literal["anchors", "streams", "outputs"]
+Learned = Literal["anchors", "streams", "outputs", "streams+outputs"]
+STATES: Mapping[Learned, Weighing] = {
+    "streams": Weighing(streams=1.0),
+    "outputs": Weighing(outputs=1.0),
+    "streams+outputs": Weighing(streams=10.0, outputs=1.0),
+}
+"""Policy -> what of the experts' states it restores. Ten was chosen on small experts (LOG.md, 2026-11-28)."""
 LEARNED_UNITS = "heads,kvs,neurons"
 """What learning gives coefficients to by default: finer than that nothing is, and coarser ones restore less."""
 Choice = Literal["uniform", "soft", "top", "owner", "sources", Learned]
 """`uniform`: every coefficient is the expert's weight (task arithmetic); `soft`, `top`, `owner`: by ranks of recovery
 (`policies.weigh`); `sources`: the components with this role; `anchors`: learned, so that all anchors are restored;
-`streams`, `outputs`: learned, so that residual streams, or the next token, are restored where anchors are read."""
+`streams`, `outputs`, `streams+outputs`: learned, so that residual streams, or the next token, or both, are restored
+where anchors are read."""
 Rest = Literal["task-arithmetic", "base"]
 """What becomes of everything that no component with a coefficient owns."""
 
@@ -42,7 +49,7 @@ class Rule:
         rest: What becomes of the rest.
         temperature: Of `soft`.
         share: Of `top`.
-        training: Of `anchors`, `streams` and `outputs`, which start from the experts' weights and stay near them.
+        training: Of what is learned: these policies start from the experts' weights and stay near them.
     """
 
     policy: Choice = "streams"
@@ -123,12 +130,12 @@ def resolve(
         return Resolved(coefficients=Coefficients.uniform(inputs.architecture, weights))
     rest = weights if rule.rest == "task-arithmetic" else dict.fromkeys(weights, 0.0)
     runs = {name: open_run(name, expert, inputs.base.reference) for name, expert in experts.items()}
-    if rule.policy == "anchors" or rule.policy == "streams" or rule.policy == "outputs":  # noqa: PLR1714  mypy narrows this form
+    if rule.policy in get_args(Learned):
         return _learned(
             inputs,
             runs,
             components(inputs.architecture, rule.units or LEARNED_UNITS),
-            what=rule.policy,
+            what=cast("Learned", rule.policy),
             training=rule.training,
             weights=weights,
             rest=rest,
@@ -142,8 +149,7 @@ def resolve(
             {name: read_sources(run) for name, run in runs.items()}, {name: [*own] for name, own in scores.items()}
         )
     else:
-        policy: Policy = rule.policy
-        found = weigh(scores, policy, temperature=rule.temperature, share=rule.share)
+        found = weigh(scores, cast("Policy", rule.policy), temperature=rule.temperature, share=rule.share)
     scaled = {name: {one: weights[name] * share for one, share in own.items()} for name, own in found.items()}
     return Resolved(
         coefficients=Coefficients.by_component(inputs.architecture, scaled, rest=rest),
@@ -171,11 +177,11 @@ def _learned(
     if what == "anchors":
         losses = restoring(model, learned_from, batch_tokens=batch_tokens)
     else:
-        restored = restoring_streams if what == "streams" else restoring_outputs
-        losses = restored(
+        losses = restoring_states(
             model,
             learned_from,
             lambda name: {one: blend.base[one] + own for one, own in changes[name].items()},
+            STATES[what],
             batch_tokens=batch_tokens,
         )
     table = start

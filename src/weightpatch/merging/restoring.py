@@ -173,31 +173,62 @@ def _anchored(anchor: Anchor, token_ids: Sequence[tuple[int, ...]]) -> Spot:
     return Spot(token_ids=tuple(token_ids), positions=anchor.positions, first=anchor.layer, last=anchor.layer)
 
 
-def restoring_streams(
-    model: PreTrainedModel, aims: Sequence[Aim], theirs: Callable[[str], Weights], *, batch_tokens: int = BATCH_TOKENS
-) -> list[Loss]:
-    """Losses that are 0 together where whole residual streams are the expert's, at the anchors' positions.
+@dataclass(frozen=True, kw_only=True)
+class Weighing:
+    """What each part of a loss on whole states counts; a part that counts nothing is not computed.
 
-    All layers from the anchor's to the last are read. Squared distances, over the mean squared distance between base
-    and expert in the same layer; prompts, tasks, experts count as in `restoring`. The anchors' directions play no part.
+    Attributes:
+        streams: Squared distance of residual streams, over that of base and expert.
+        outputs: KL(expert || merged) of the next token, in nats.
+    """
+
+    streams: float = 0.0
+    outputs: float = 0.0
+
+
+def restoring_states(
+    model: PreTrainedModel,
+    aims: Sequence[Aim],
+    theirs: Callable[[str], Weights],
+    weighing: Weighing,
+    *,
+    batch_tokens: int = BATCH_TOKENS,
+) -> list[Loss]:
+    """Losses that are 0 together where the merged model is in the expert's state at the anchors' positions.
+
+    Residual streams are read in all layers from the anchor's to the last: squared distances, over the mean squared
+    distance between base and expert in the same layer, as a mean over layers. Outputs are the distribution of the next
+    token. Prompts, tasks, experts count as in `restoring`; the anchors' directions play no part.
 
     Args:
         model: The base.
         aims: Where to read.
         theirs: From an expert's name to its weights; called for one task at a time.
+        weighing: What counts how much.
         batch_tokens: Most tokens of one forward pass.
     """
     n_layers = len(layers_of(model))
     parts: list[Part] = []
     for one, share in zip(aims, _shares(aims), strict=True):
-        spots = _spots(one, one.anchor.layer, n_layers, batch_tokens)
+        weights = theirs(one.expert)
+        spots = _spots(one, one.anchor.layer if weighing.streams else n_layers, n_layers, batch_tokens)
         with evaluating(model):
-            weights = theirs(one.expert)
             wanted = [streams(model, [spot], weights)[0] for spot in spots]
-            gaps = [read - streams(model, [spot], {})[0] for spot, read in zip(spots, wanted, strict=True)]
-        scale = torch.cat(gaps, dim=1).square().sum(dim=-1).mean(dim=(1, 2)).clamp_min(_LEAST)
-        parts += [(spot, _distance(read, share / scale)) for spot, read in zip(spots, wanted, strict=True)]
+            losses: list[list[Callable[[Tensor, Weights], Tensor]]] = [[] for _ in spots]
+            if weighing.streams:
+                gaps = [read - streams(model, [spot], {})[0] for spot, read in zip(spots, wanted, strict=True)]
+                scale = torch.cat(gaps, dim=1).square().sum(dim=-1).mean(dim=(1, 2)).clamp_min(_LEAST)
+                for own, read in zip(losses, wanted, strict=True):
+                    own.append(_distance(read, weighing.streams * share / scale))
+            if weighing.outputs:
+                for own, read in zip(losses, wanted, strict=True):
+                    own.append(_divergence(model, _log_probs(model, read, weights), weighing.outputs * share))
+        parts += [(spot, _sum(own)) for spot, own in zip(spots, losses, strict=True)]
     return together(model, parts, batch_tokens=batch_tokens)
+
+
+def _sum(losses: Sequence[Callable[[Tensor, Weights], Tensor]]) -> Callable[[Tensor, Weights], Tensor]:
+    return lambda read, weights: torch.stack([one(read, weights) for one in losses]).sum()
 
 
 def _shares(aims: Sequence[Aim]) -> list[float]:
@@ -227,31 +258,6 @@ def _distance(wanted: Tensor, shares: Tensor) -> Callable[[Tensor, Weights], Ten
         return (shares * distance).mean()
 
     return loss
-
-
-def restoring_outputs(
-    model: PreTrainedModel, aims: Sequence[Aim], theirs: Callable[[str], Weights], *, batch_tokens: int = BATCH_TOKENS
-) -> list[Loss]:
-    """Losses that are 0 together where the next token is as likely as in the expert, behind the anchors' positions.
-
-    KL(expert || merged) in nats; prompts, tasks, experts count as in `restoring`. Neither the anchors' directions nor
-    their layers play a part.
-
-    Args:
-        model: The base.
-        aims: Where to read.
-        theirs: From an expert's name to its weights; called for one task at a time.
-        batch_tokens: Most tokens of one forward pass.
-    """
-    n_layers = len(layers_of(model))
-    parts: list[Part] = []
-    for one, share in zip(aims, _shares(aims), strict=True):
-        weights = theirs(one.expert)
-        for spot in _spots(one, n_layers, n_layers, batch_tokens):
-            with evaluating(model):
-                wanted = _log_probs(model, streams(model, [spot], weights)[0], weights)
-            parts.append((spot, _divergence(model, wanted, share)))
-    return together(model, parts, batch_tokens=batch_tokens)
 
 
 def _divergence(model: PreTrainedModel, wanted: Tensor, share: float) -> Callable[[Tensor, Weights], Tensor]:
