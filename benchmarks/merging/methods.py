@@ -174,13 +174,13 @@ def first(default: Config, others: list[Config]) -> list[Config]:
 FINE = ("heads,kvs,neurons",)
 """For what reads whole states: with coarser coefficients none of them restored as much (LOG.md, 2026-11-28)."""
 COARSE_TOO = ("heads,kvs,mlps", "heads,kvs,neurons")
-"""For what reads one number to a task."""
+"""For what reads one number to a task or token; AdaMerging has one coefficient to a layer."""
 LEARNED = (
     ("streams", "guided", FINE),
     ("streams and KL", "guided", FINE),
     ("KL to the experts", "control", FINE),
     ("streams, uniform of the same means", "control", FINE),
-    ("entropy", "control", FINE),
+    ("entropy", "control", COARSE_TOO),
     ("anchors", "guided", COARSE_TOO),
     ("anchors, random directions", "control", COARSE_TOO),
     ("anchors, uniform of the same means", "control", COARSE_TOO),
