@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import subprocess
 import sys
 import time
@@ -53,11 +54,12 @@ def weightpatch(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
 
 def test_help_answers_without_torch_and_in_time() -> None:
     program = [sys.executable, "-c", "from weightpatch.cli import main; main()"]
-    begun = time.monotonic()
+    before = os.times()
     result = subprocess.run([*program, "--help"], capture_output=True, text=True, check=True)
-    took = time.monotonic() - begun
+    after = os.times()
     assert "demo" in result.stdout
-    assert took < 1.5
+    # Processor time: what else runs beside it is not its fault.
+    assert after.children_user + after.children_system - before.children_user - before.children_system < 1.0
     check = "import sys; import weightpatch.cli; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
 
