@@ -89,12 +89,11 @@ def prepare(
         any_adapter_base=any_adapter_base,
         device_map=device_map,
     )
-    if rule is None:
-        assert coefficients is not None
+    if coefficients is not None:
         given = coefficients if isinstance(coefficients, Coefficients) else Coefficients.load(coefficients)
         resolved = Resolved(coefficients=given)
     else:
-        resolved = resolve(inputs, found, rule, on_step=on_step)
+        resolved = resolve(inputs, found, rule or Rule(), on_step=on_step)
     merged = Merge(
         inputs=inputs,
         coefficients=resolved.coefficients,
