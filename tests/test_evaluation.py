@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
-from conftest import build_model
+from conftest import SHAPES, build_model
 from weightpatch import ModelPair, patched
 from weightpatch.arithmetic import word_problems
 from weightpatch.errors import PromptError
 from weightpatch.evaluation import Evaluation, evaluate, judge
-from weightpatch.generation import Generation, generate
+from weightpatch.generation import N_TOKENS_AT_ONCE, Generation, generate
 from weightpatch.programming import coding_tasks
 from weightpatch.prompts import tokenize
 from weightpatch.statistics import pass_rate
@@ -128,17 +129,63 @@ def test_the_wilson_interval_is_that_of_the_textbook() -> None:
     assert pass_rate(0, 0).estimate != pass_rate(0, 0).estimate
 
 
+class Letters:
+    """A tokenizer that says which tokens it saw; `eos_token_id` ends an answer."""
+
+    def __init__(self, eos_token_id: int) -> None:
+        self.eos_token_id = eos_token_id
+
+    def decode(self, ids: list[int], *, skip_special_tokens: bool) -> str:
+        return f"{ids}{skip_special_tokens}"
+
+
+PROMPTS = [(1, 2, 3), (4,), (9, 3, 3, 7, 1, 5, 2, 6, 8, 10), (12, 5), (7, 7, 7)]
+N_NEW = 50
+
+
+def endless(model: PreTrainedModel) -> list[tuple[int, ...]]:
+    """What a model says to every prompt, asked alone, if nothing ends an answer."""
+    never = Letters(model.config.vocab_size)
+    return [generate(model, never, [prompt], max_new_tokens=N_NEW)[0].ids for prompt in PROMPTS]  # type: ignore[arg-type]
+
+
+def splitting_end(answers: list[tuple[int, ...]]) -> int:
+    """A token that soon ends some answers, and not others."""
+    soon = [set(own[:N_TOKENS_AT_ONCE]) for own in answers]
+    return next(token for token in sorted(set.union(*soon)) if 0 < sum(token in own for own in soon) < len(soon))
+
+
+@pytest.mark.parametrize("shape", list(SHAPES))
+def test_answers_are_the_same_when_others_beside_them_end_earlier(shape: str) -> None:
+    model = build_model(shape, seed=1)
+    whole = endless(model)
+    end = splitting_end(whole)
+    wanted = [own[: own.index(end)] if end in own else own for own in whole]
+    found = generate(model, Letters(end), PROMPTS, max_new_tokens=N_NEW)  # type: ignore[arg-type]
+    assert [one.ids for one in found] == wanted
+    assert [one.finished for one in found] == [end in own for own in whole]
+
+
+def test_answers_that_have_ended_are_computed_no_further_and_hooks_are_told() -> None:
+    model = build_model("gpt2", seed=1)
+    whole = endless(model)
+    end = splitting_end(whole)
+    stay = [place for place, own in enumerate(whole) if end not in own[:N_TOKENS_AT_ONCE]]
+    sizes: list[int] = []
+    told: list[list[int]] = []
+    hook = model.transformer.register_forward_hook(lambda _, __, output: sizes.append(len(output[0])))
+    generate(model, Letters(end), PROMPTS, max_new_tokens=N_NEW, on_batch=lambda rows: told.append(list(rows)))  # type: ignore[arg-type]
+    hook.remove()
+    assert sizes[: N_TOKENS_AT_ONCE + 1] == [len(PROMPTS)] * N_TOKENS_AT_ONCE + [len(stay)]
+    assert len(told[0]) == len(PROMPTS)
+    assert sorted(told[1]) == stay
+
+
 def test_generation_leaves_the_model_as_it_was() -> None:
     model = build_model("gpt2", seed=1).train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
-    class Silent:
-        eos_token_id = 0
-
-        def decode(self, ids: list[int], *, skip_special_tokens: bool) -> str:
-            return f"{ids}{skip_special_tokens}"
-
-    found = generate(model, Silent(), [(1, 2, 3), (4,)], max_new_tokens=4)  # type: ignore[arg-type]
+    found = generate(model, Letters(0), [(1, 2, 3), (4,)], max_new_tokens=4)  # type: ignore[arg-type]
     assert len(found) == 2
     assert model.training
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

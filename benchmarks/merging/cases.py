@@ -84,15 +84,15 @@ class Case:
         found: dict[str, dict[str, Tensor]] = self._cache["changes"]
         return found
 
-    def runs(self) -> dict[str, Run]:
-        """Expert -> its run, made when it is not there yet: anchors and exact effects."""
-        return {expert: self._run(expert) for expert in self.experts}
+    def runs(self, *, scored: bool = True) -> dict[str, Run]:
+        """Expert -> its run, made when it is not there yet: anchors and, unless not asked for, exact effects."""
+        return {expert: self._run(expert, scored=scored) for expert in self.experts}
 
     def pair(self, expert: str) -> ModelPair:
         """Of the base and an expert."""
         return self.inputs.pair(expert, self.model)
 
-    def _run(self, expert: str) -> Run:
+    def _run(self, expert: str, *, scored: bool) -> Run:
         out = self.shared / f"{expert}-run"
         prompts = self.shared / f"{expert}-prompts.jsonl"
         config = RunConfig(
@@ -100,7 +100,7 @@ class Case:
         )
         pair = self.pair(expert)
         run = start(config, pair, ContrastPrompts.load(prompts), out)
-        for stage in (fit_anchors, measure_effects):
+        for stage in (fit_anchors, measure_effects) if scored else (fit_anchors,):
             for _ in stage(run, pair):
                 pass
         return run

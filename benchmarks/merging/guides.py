@@ -147,7 +147,7 @@ def _new_losses(case: Case, name: str, n_prompts: int) -> list[Loss]:
 
 def _aims(case: Case, n_prompts: int) -> list[Aim]:
     if "aims" not in case._cache:
-        case._cache["aims"] = read_aims(case.inputs, case.runs())[1]
+        case._cache["aims"] = read_aims(case.inputs, case.runs(scored=False))[1]
     return [_first(one, n_prompts) for one in case._cache["aims"]]
 
 
@@ -164,7 +164,7 @@ def _turned(case: Case, one: Aim, seed: int) -> Aim:
     draw = torch.Generator().manual_seed(seed)
     direction = torch.randn(len(one.anchor.direction), generator=draw, dtype=torch.float64)
     anchor = Anchor(layer=one.anchor.layer, direction=direction, positions=one.anchor.positions)
-    run = case.runs()[one.expert]
+    run = case.runs(scored=False)[one.expert]
     prompts = run.prompts().of_task(one.task).split("localize")
     pair = case.pair(one.expert)
     base, specialized = (

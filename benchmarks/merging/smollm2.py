@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from cases import Case, Problem
-from comparing import compare
+from comparing import compare, read
 from methods import ways
 from transformers import PreTrainedTokenizerBase
 
@@ -41,12 +41,12 @@ sys.path.insert(0, str(ROOT / "recipes"))
 EXPERTS = ("instruct", "math", "code")
 TASKS = ("capitals", "title", "sections", "quotation", "highlights")
 """Of `instruct`; without commas it has no gap from the base (docs/smollm2.md)."""
-N = {"prompts": 18, "validation": 12, "test": 40}
+N = {"prompts": 18, "validation": 12, "test": 60}
 """Queries, problems or tasks for each use; contrast prompts of `instruct` ask every query for every form."""
 N_PLAIN = 16
-MOST_TOKENS = 128
+MOST_TOKENS = 96
 STARTS = (0.6, 0.8)
-"""Twelve configurations of each method instead of thirty: one takes a minute on a slow machine."""
+"""Twelve configurations of each method instead of thirty: one takes most of a minute on a slow core."""
 N_STEPS = 24
 N_PROMPTS = 2
 """Of each task, that coefficients are learned from."""
@@ -114,6 +114,17 @@ def text_of(row: Row) -> str:
     return str(row["text"]) if "text" in row else f"{row['prompt']} {row['instruction']}"
 
 
+def take_over(whole: Path, folder: Path, experts: Iterable[str]) -> None:
+    """What base and experts alone solve, as measured with all experts, into the results of some of them."""
+    if (folder / "results.jsonl").is_file():
+        return
+    alone = ("base", *(f"expert {one}" for one in experts))
+    records = [record for record in read(whole / "results.jsonl") if record["method"] in alone]
+    for record in records:
+        record["passed"] = {one: record["passed"][one] for one in experts}
+    (folder / "results.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+
+
 def plain_answers(model: Any, tokenizer: PreTrainedTokenizerBase, file: Path) -> list[tuple[str, str]]:
     """The base's own answers to queries that no expert is about."""
     if not file.is_file():
@@ -171,8 +182,10 @@ def main() -> None:
             tokenizer=tokenizer,
             inputs=Inputs.open(base, experts, any_adapter_base=True),
             units="attns,mlps",
-            batch_size=40,
+            batch_size=20,
         )
+        if name != names[0]:
+            take_over(options.work / names[0], folder, experts)
         every = ways(len(experts), n_prompts=N_PROMPTS, starts=STARTS, n_steps=N_STEPS)
         compare(case, [way for way in every if not options.only or way.name in options.only], oracle=options.oracle)
 
