@@ -26,10 +26,10 @@ from weightpatch.merging.experts import Expert, named, read_scores
 from weightpatch.merging.explaining import explain
 from weightpatch.merging.exporting import mergekit_recipe
 from weightpatch.merging.inputs import Inputs
-from weightpatch.merging.learning import Blend, Training, learn
+from weightpatch.merging.learning import Blend, Step, Training, learn
 from weightpatch.merging.merge import Prepared, merge, prepare
 from weightpatch.merging.resolving import Choice, Resolved, Rule
-from weightpatch.merging.writing import Merge
+from weightpatch.merging.writing import LEARNING, Merge
 from weightpatch.planted.suite import SHIPPED
 from weightpatch.run import Run, RunConfig
 from weightpatch.stages import fit_anchors, measure_effects, start
@@ -231,6 +231,42 @@ def test_learning_needs_anchors_and_no_effects(experts: dict[str, Expert], tmp_p
     rule = Rule(policy="streams", units="mlps", training=Training(n_steps=1))
     ours, theirs = (decide(every, rule=rule, device_map="cpu").resolved.weights for every in (bare, experts))
     assert ours == theirs
+
+
+def test_learning_that_was_stopped_goes_on_behind_its_last_step_and_ends_with_the_same_bytes(
+    experts: dict[str, Expert], tmp_path: Path
+) -> None:
+    class StoppedError(Exception):
+        pass
+
+    def stop(step: Step) -> None:
+        if step.number == 2:
+            raise StoppedError
+
+    every = [*experts.values()]
+    rule = Rule(policy="streams", units="attns,mlps", training=Training(n_steps=4))
+    with pytest.raises(StoppedError):
+        merge(BASE, every, tmp_path / "stopped", rule=rule, any_adapter_base=True, on_step=stop)
+    assert [file.name for file in (tmp_path / "stopped").iterdir()] == [LEARNING]
+    changed = replace(rule, training=Training(n_steps=5))
+    with pytest.raises(MergeError, match="another merge has learned so far"):
+        merge(BASE, every, tmp_path / "stopped", rule=changed, any_adapter_base=True)
+    steps: list[int] = []
+    for name in ("stopped", "whole"):
+        merge(
+            BASE,
+            every,
+            tmp_path / name,
+            rule=rule,
+            any_adapter_base=True,
+            on_step=lambda step: steps.append(step.number),
+        )
+    assert steps == [3, 4, 1, 2, 3, 4]
+    one, other = (
+        {file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} for name in ("stopped", "whole")
+    )
+    assert LEARNING not in one
+    assert one == other
 
 
 def test_what_was_learned_as_a_plain_sum_is_merged_as_one(experts: dict[str, Expert]) -> None:

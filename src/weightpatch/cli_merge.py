@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -18,7 +18,9 @@ from weightpatch.terminal import counting, print_json, print_table, status
 if TYPE_CHECKING:
     from weightpatch.merging.combining import Method
     from weightpatch.merging.explaining import Plan
+    from weightpatch.merging.learning import Step
     from weightpatch.merging.merge import Prepared
+    from weightpatch.merging.resolving import Rule
 
 
 def merge(
@@ -104,7 +106,7 @@ def merge(
     from weightpatch.merging.learning import Training
     from weightpatch.merging.merge import prepare
     from weightpatch.merging.resolving import Rule
-    from weightpatch.merging.writing import check_free
+    from weightpatch.merging.writing import LEARNING, check_free
 
     if out is not None:
         check_free(out)
@@ -123,8 +125,7 @@ def merge(
         {"scale": scale, "election": election, "average": average},
         {"density": density, "gamma": gamma, "epsilon": epsilon, "rescale": rescale, "over": over},
     )
-    with ExitStack() as shown:
-        shown.enter_context(status("reading experts and their runs"))
+    with _preparing(rule) as on_step:
         prepared = prepare(
             base,
             expert,
@@ -137,6 +138,8 @@ def merge(
             device_map=device_map,
             allow_pickle=allow_pickle,
             any_adapter_base=any_adapter_base,
+            bookmark=out / LEARNING if out else None,
+            on_step=on_step,
         )
     if save_coefficients:
         prepared.resolved.coefficients.save(save_coefficients)
@@ -175,6 +178,17 @@ _THINNING_USED_BY = {
     "breadcrumbs": ("density", "rescale", "gamma"),
 }
 """Kind of sparsifier -> settings that it reads."""
+
+
+@contextmanager
+def _preparing(rule: Rule | None) -> Iterator[Callable[[Step], None] | None]:
+    """Show what goes on until coefficients are known."""
+    if rule is None or "n_steps" not in _USED_BY[rule.policy]:
+        with status("reading experts and their runs"):
+            yield None
+        return
+    with counting("steps of learning", rule.training.n_steps) as on_done:
+        yield lambda step: on_done(step.number)
 
 
 def _check_used(by: str, given: Iterable[str], used: Collection[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from weightpatch.architecture import Architecture, skeleton
 from weightpatch.checkpoint import Checkpoint, DeviceMap, find, load
 from weightpatch.errors import MergeError
+from weightpatch.files import fingerprint
 from weightpatch.pair import Known, ModelPair, check_pair
 from weightpatch.sources import Source, open_source
 from weightpatch.streaming import streamed
@@ -87,6 +89,11 @@ class Inputs:
             device_map=device_map,
         )
 
+    def fingerprints(self) -> dict[str, str]:
+        """What the files of base and experts hold."""
+        found = {"base": fingerprint(self.base.path)}
+        return found | {f"expert {name}": fingerprint(one.path) for name, one in self.experts.items()}
+
     def load_base(self) -> PreTrainedModel:
         """The base in memory, float32."""
         return load(self.base, dtype=torch.float32, device_map=self.device_map, allow_pickle=self.allow_pickle)
@@ -113,6 +120,11 @@ class Inputs:
     def change(self, expert: str, name: str) -> Tensor:
         """What an expert has more than the base in a parameter, float32."""
         return self.theirs[expert].tensor(name).float() - self.weights(name)
+
+
+def versions() -> dict[str, str]:
+    """Of what decides the last bits."""
+    return {name: version(name) for name in ("weightpatch", "torch", "transformers")}
 
 
 def _open(checkpoint: Checkpoint, base: Checkpoint, ours: Source | None, *, allow_pickle: bool) -> Source:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from weightpatch.architecture import Architecture
 from weightpatch.component import Component
+from weightpatch.errors import MergeError
 from weightpatch.merging.coefficients import Coefficients
 
 Weights = dict[str, Tensor]
@@ -104,15 +108,72 @@ class Step:
     """A step of learning.
 
     Attributes:
+        number: Of steps so far.
         loss: Sum of the losses before it.
         table: Coefficients after it, shape `(expert, component + 1)`.
+        moments: Adam's running means of the gradient and of its square, each of shape `(expert, component)`.
     """
 
+    number: int
     loss: float
     table: Tensor
+    moments: tuple[Tensor, Tensor]
 
 
-def learn(blend: Blend, losses: Sequence[Loss], start: Tensor, training: Training) -> Iterator[Step]:
+@dataclass(frozen=True, kw_only=True)
+class Bookmark:
+    """A file that keeps the last step, so that learning goes on behind it.
+
+    Attributes:
+        file: Where; its folder is made.
+        key: Tells one learning from another.
+    """
+
+    file: Path
+    key: str
+
+    def read(self) -> Step | None:
+        """The last step that was kept, if any.
+
+        Raises:
+            MergeError: of another learning.
+        """
+        if not self.file.is_file():
+            return None
+        try:
+            with safe_open(self.file, framework="pt") as kept:
+                note, found = kept.metadata(), {name: kept.get_tensor(name) for name in kept.keys()}  # noqa: SIM118
+        except SafetensorError:
+            return None
+        if note["key"] != self.key:
+            raise MergeError(
+                f"{self.file} keeps what another merge has learned so far: other experts, runs or settings. Name "
+                "another folder, or delete the file."
+            )
+        return Step(
+            number=int(note["number"]),
+            loss=float(note["loss"]),
+            table=found["table"],
+            moments=(found["first"], found["second"]),
+        )
+
+    def write(self, step: Step) -> None:
+        """Keep a step, whole or not at all."""
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.file.with_name(f"{self.file.name}.partial")
+        tensors = {"table": step.table, "first": step.moments[0], "second": step.moments[1]}
+        note = {"key": self.key, "number": str(step.number), "loss": repr(step.loss)}
+        save_file({name: own.cpu().contiguous() for name, own in tensors.items()}, partial, metadata=note)
+        partial.replace(self.file)
+
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+"""What Adam keeps them by."""
+
+
+def learn(
+    blend: Blend, losses: Sequence[Loss], start: Tensor, training: Training, *, behind: Step | None = None
+) -> Iterator[Step]:
     """Coefficients that make losses small; those of what components leave over stay as they are.
 
     Args:
@@ -120,13 +181,17 @@ def learn(blend: Blend, losses: Sequence[Loss], start: Tensor, training: Trainin
         losses: They are added up; gradients of one are let go before the next, so each should be one forward pass.
         start: Coefficients to begin with and to stay near, shape `(expert, component + 1)`.
         training: How.
+        behind: The step to go on from.
 
     Yields:
-        Every step; the last one's table is what was learned.
+        Every step that is left; the last one's table is what was learned.
     """
-    learned = start[:, :-1].clone().requires_grad_()
+    learned = (start if behind is None else behind.table.to(start.device))[:, :-1].clone().requires_grad_()
     optimizer = torch.optim.Adam([learned], lr=training.learning_rate)
-    for step in range(training.n_steps):
+    if behind is not None:
+        means = dict(zip(_MOMENTS, (own.to(start.device) for own in behind.moments), strict=True))
+        optimizer.state[learned] = {"step": torch.tensor(float(behind.number)), **means}
+    for step in range(behind.number if behind else 0, training.n_steps):
         for group in optimizer.param_groups:
             group["lr"] = training.learning_rate * (1 - 0.9 * step / training.n_steps)
         merged = blend.weights(torch.cat([learned, start[:, -1:]], dim=1))
@@ -141,4 +206,6 @@ def learn(blend: Blend, losses: Sequence[Loss], start: Tensor, training: Trainin
         torch.autograd.backward(training.penalty * (learned - start[:, :-1]).square().mean())
         torch.autograd.backward([merged[name] for name in moved], [cut[name].grad for name in moved])
         optimizer.step()
-        yield Step(loss=total, table=torch.cat([learned.detach(), start[:, -1:]], dim=1))
+        first, second = (optimizer.state[learned][name].clone() for name in _MOMENTS)
+        table = torch.cat([learned.detach(), start[:, -1:]], dim=1)
+        yield Step(number=step + 1, loss=total, table=table, moments=(first, second))

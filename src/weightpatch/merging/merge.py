@@ -16,8 +16,9 @@ from weightpatch.merging.coefficients import Coefficients
 from weightpatch.merging.combining import Method, method_of
 from weightpatch.merging.experts import Expert, named
 from weightpatch.merging.inputs import Inputs
+from weightpatch.merging.learning import Step
 from weightpatch.merging.resolving import Learned, Resolved, Rule, resolve
-from weightpatch.merging.writing import SHARD_BYTES, Merge, check_free
+from weightpatch.merging.writing import LEARNING, SHARD_BYTES, Merge, check_free
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -42,6 +43,7 @@ class Prepared:
         self.merge.coefficients.save(folder / f"{COEFFICIENTS}.partial")
         (folder / f"{COEFFICIENTS}.partial").replace(folder / COEFFICIENTS)
         write_card(folder, self.merge, self.rule, self.resolved, self.experts)
+        (folder / LEARNING).unlink(missing_ok=True)
         return folder
 
 
@@ -62,9 +64,10 @@ def prepare(
     allow_pickle: bool = False,
     any_adapter_base: bool = False,
     device_map: DeviceMap | None = None,
-    on_step: Callable[[float], None] | None = None,
+    bookmark: Path | None = None,
+    on_step: Callable[[Step], None] | None = None,
 ) -> Prepared:
-    """Decide a merge; arguments and errors as `merge`."""
+    """Decide a merge; arguments and errors as `merge`, and `bookmark`: a file that keeps every step of learning."""
     found = named([Expert.parse(one) if isinstance(one, str) else one for one in experts])
     how = method_of(method) if isinstance(method, str) else method
     if coefficients is not None:
@@ -93,7 +96,7 @@ def prepare(
         given = coefficients if isinstance(coefficients, Coefficients) else Coefficients.load(coefficients)
         resolved = Resolved(coefficients=given)
     else:
-        resolved = resolve(inputs, found, rule or Rule(), on_step=on_step)
+        resolved = resolve(inputs, found, rule or Rule(), bookmark=bookmark, on_step=on_step)
     merged = Merge(
         inputs=inputs,
         coefficients=resolved.coefficients,
@@ -119,7 +122,7 @@ def merge(
     allow_pickle: bool = False,
     any_adapter_base: bool = False,
     device_map: DeviceMap | None = None,
-    on_step: Callable[[float], None] | None = None,
+    on_step: Callable[[Step], None] | None = None,
 ) -> Path:
     """Merge experts of one base, each by what its run says that it brings.
 
@@ -136,7 +139,7 @@ def merge(
         allow_pickle: Read pickled weights too.
         any_adapter_base: Take adapters that name another base.
         device_map: As in transformers: where models are run when coefficients are learned; the rest goes on the CPU.
-        on_step: Called with the loss of every step where coefficients are learned.
+        on_step: Called with every step where coefficients are learned.
 
     Returns:
         The folder: weights, config, tokenizer, README.md with where everything is from, coefficients.
@@ -158,5 +161,6 @@ def merge(
         allow_pickle=allow_pickle,
         any_adapter_base=any_adapter_base,
         device_map=device_map,
+        bookmark=Path(out) / LEARNING,
         on_step=on_step,
     ).write(out)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast, get_args
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from weightpatch.component import Component, components
 from weightpatch.errors import MergeError
 from weightpatch.merging.coefficients import Coefficients
 from weightpatch.merging.experts import Expert, anchors_of, open_run, read_scores, read_sources, units_of
-from weightpatch.merging.inputs import Inputs
-from weightpatch.merging.learning import Blend, Training, Weights, learn
+from weightpatch.merging.inputs import Inputs, versions
+from weightpatch.merging.learning import Blend, Bookmark, Step, Training, Weights, learn
 from weightpatch.merging.policies import SHARE, TEMPERATURE, Policy, only, weigh
 from weightpatch.merging.restoring import Aim, Weighing, aim, restoring, restoring_states
 from weightpatch.residuals import BATCH_TOKENS
@@ -110,7 +114,8 @@ def resolve(
     rule: Rule,
     *,
     batch_tokens: int = BATCH_TOKENS,
-    on_step: Callable[[float], None] | None = None,
+    bookmark: Path | None = None,
+    on_step: Callable[[Step], None] | None = None,
 ) -> Resolved:
     """Find the coefficients of a merge.
 
@@ -119,10 +124,12 @@ def resolve(
         experts: The same experts, with their runs.
         rule: How.
         batch_tokens: Of what is learned: most tokens of one forward pass.
-        on_step: Of what is learned: called with the loss of every step.
+        bookmark: Of what is learned: a file that keeps every step, for the same call to go on from.
+        on_step: Of what is learned: called with every step.
 
     Raises:
-        MergeError: a run that is missing, of other models, or without what the policy needs.
+        MergeError: a run that is missing, of other models, or without what the policy needs, or a bookmark of another
+            merge.
         ComponentError: unknown units.
     """
     weights = {name: expert.weight for name, expert in experts.items()}
@@ -140,6 +147,7 @@ def resolve(
             weights=weights,
             rest=rest,
             batch_tokens=batch_tokens,
+            bookmark=bookmark,
             on_step=on_step,
         )
     chosen = components(inputs.architecture, rule.units or units_of(runs))
@@ -168,7 +176,8 @@ def _learned(
     weights: Mapping[str, float],
     rest: Mapping[str, float],
     batch_tokens: int,
-    on_step: Callable[[float], None] | None,
+    bookmark: Path | None,
+    on_step: Callable[[Step], None] | None,
 ) -> Resolved:
     model, learned_from, held_out = read_aims(inputs, runs)
     changes = {name: {one: inputs.change(name, one).to(model.device) for one in inputs.ours.shapes} for name in runs}
@@ -184,11 +193,16 @@ def _learned(
             STATES[what],
             batch_tokens=batch_tokens,
         )
-    table = start
-    for step in learn(blend, losses, start, training):
+    key = _key(inputs, learned_from, start, what=what, training=training, batch_tokens=batch_tokens)
+    kept = Bookmark(file=bookmark, key=key) if bookmark else None
+    behind = kept.read() if kept else None
+    table = behind.table.to(start.device) if behind else start
+    for step in learn(blend, losses, start, training, behind=behind):
         table = step.table
+        if kept:
+            kept.write(step)
         if on_step:
-            on_step(step.loss)
+            on_step(step)
     before, after = (_recoveries(model, held_out, blend.weights(one), batch_tokens) for one in (start, table))
     found = blend.by_component(table)
     return Resolved(
@@ -199,6 +213,25 @@ def _learned(
             for one, first, last in zip(held_out, before, after, strict=True)
         ),
     )
+
+
+def _key(
+    inputs: Inputs, aims: Sequence[Aim], start: Tensor, *, what: Learned, training: Training, batch_tokens: int
+) -> str:
+    """Of everything that decides what is learned."""
+    digest = hashlib.sha256(start.cpu().numpy().tobytes())
+    for one in aims:
+        digest.update(one.anchor.direction.cpu().numpy().tobytes())
+    settings = {
+        "what": what,
+        "training": asdict(training),
+        "batch_tokens": batch_tokens,
+        "files": inputs.fingerprints(),
+        "versions": versions(),
+        "aims": [(one.expert, one.task, one.anchor.layer, one.anchor.positions, one.token_ids) for one in aims],
+    }
+    digest.update(json.dumps(settings, sort_keys=True).encode())
+    return digest.hexdigest()
 
 
 def read_aims(inputs: Inputs, runs: Mapping[str, Run]) -> tuple[PreTrainedModel, list[Aim], list[Aim]]:

@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +16,20 @@ from torch import Tensor
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from weightpatch.architecture import skeleton
-from weightpatch.checkpoint import Checkpoint, read_config, read_tokenizer
+from weightpatch.checkpoint import read_config, read_tokenizer
 from weightpatch.errors import MergeError
-from weightpatch.files import fingerprint, write_whole
+from weightpatch.files import write_whole
 from weightpatch.merging.coefficients import Coefficients
 from weightpatch.merging.combining import METHODS, Method, check_fit, combine, seeded_draw
-from weightpatch.merging.inputs import Inputs
+from weightpatch.merging.inputs import Inputs, versions
 from weightpatch.merging.thresholds import find_threshold
 from weightpatch.residuals import keep_freed_buffers
 
 SHARD_BYTES = 4_000_000_000
 _NOTE = "merge.json"
+LEARNING = "merge.learning"
+"""What is learned so far, until the folder is done."""
+_ALLOWED = {LEARNING, f"{LEARNING}.partial"}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -171,18 +173,14 @@ class Merge:
         return {
             "base": self.inputs.base.reference,
             "experts": {name: one.reference for name, one in self.inputs.experts.items()},
-            "files": {name: fingerprint(one.path) for name, one in self._checkpoints()},
+            "files": self.inputs.fingerprints(),
             "method": asdict(self.method),
             "coefficients": digest.hexdigest(),
             "dtype": str(self.dtype).removeprefix("torch.") if self.dtype else "as the base",
             "seed": self.seed,
             "shard_bytes": self.shard_bytes,
-            "versions": {name: version(name) for name in ("weightpatch", "torch", "transformers")},
+            "versions": versions(),
         }
-
-    def _checkpoints(self) -> Iterator[tuple[str, Checkpoint]]:
-        yield "base", self.inputs.base
-        yield from ((f"expert {name}", one) for name, one in self.inputs.experts.items())
 
     def _finish(
         self,
@@ -219,14 +217,14 @@ class Merge:
 
 
 def check_free(folder: Path) -> None:
-    """Check that a merge may be written to a folder: it is new, empty, or holds one already.
+    """Check that a merge may be written to a folder: it is new, empty, or holds one, even only begun.
 
     Raises:
         MergeError: something else is in it.
     """
     if folder.exists() and not folder.is_dir():
         raise MergeError(f"{folder} is a file: name a new folder.")
-    if folder.is_dir() and not (folder / _NOTE).is_file() and any(folder.iterdir()):
+    if folder.is_dir() and not (folder / _NOTE).is_file() and {one.name for one in folder.iterdir()} - _ALLOWED:
         raise MergeError(f"{folder} is not empty and holds no merge: name a new folder.")
 
 
