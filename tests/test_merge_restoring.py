@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from conftest import build_model
+from conftest import SHAPES, build_model
 from weightpatch import Anchor
 from weightpatch.errors import MergeError
-from weightpatch.merging.restoring import Aim, Weighing, restoring, restoring_states
+from weightpatch.merging.restoring import Aim, Spot, Weighing, restoring, restoring_states, streams, together
 
 DRAW = torch.Generator().manual_seed(5)
 
@@ -178,3 +178,48 @@ def test_an_anchor_that_the_expert_reads_no_higher_on_cannot_be_restored_but_its
     ]
     merge = weights_of(models["merge"])
     assert float(losses[0][0](merge)) == float(losses[1][0](merge)) > 0
+
+
+@pytest.mark.parametrize("shape", list(SHAPES))
+def test_what_all_prompts_begin_with_runs_once_and_changes_neither_streams_nor_gradients(
+    shape: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build_model(shape, seed=1, dtype=torch.float64)
+    n_layers = model.config.num_hidden_layers
+    prompts = tuple((*range(1, 11), *end) for end in ((11,), (12, 13, 14), (15, 16)))
+    spots = [
+        Spot(token_ids=prompts, positions=(-1,), first=1, last=n_layers),
+        Spot(token_ids=prompts[1:], positions=(10, -2), first=0, last=2),
+    ]
+    n_tokens: list[int] = []
+    counting = model.get_input_embeddings().register_forward_hook(
+        lambda _, given, __: n_tokens.append(given[0].numel())
+    )
+    found = {}
+    for least in (8, 100):
+        monkeypatch.setattr("weightpatch.merging.restoring.LEAST_SHARED", least)
+        weights = {name: weight.detach().requires_grad_() for name, weight in model.named_parameters()}
+        read = streams(model, spots, weights)
+        torch.autograd.backward(torch.stack([(one * one.sin()).sum() for one in read]).sum())
+        found[least] = [*read, *(weight.grad for weight in weights.values() if weight.grad is not None)]
+    counting.remove()
+    assert n_tokens == [10, 5 * 3, 5 * 13]
+    assert len(found[8]) == len(found[100])
+    largest = max(float(one.detach().abs().max()) for one in found[100])
+    for one, other in zip(found[8], found[100], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7 * largest)  # transformers has float32 inside
+
+
+def test_prompts_of_like_length_share_a_pass_and_others_do_not_pad_them() -> None:
+    spots = [Spot(token_ids=((1,) * length,) * 4, positions=(-1,), first=0, last=1) for length in (20, 90, 22, 21, 100)]
+    model = build_model("llama-gqa", seed=1)
+    sizes: list[tuple[int, ...]] = []
+    losses = together(model, [(spot, lambda read, _: read.sum()) for spot in spots], batch_tokens=2000)
+    counting = model.get_input_embeddings().register_forward_hook(
+        lambda _, given, __: sizes.append(tuple(given[0].shape))
+    )
+    for loss in losses:
+        loss({})
+    counting.remove()
+    n_shared = 19
+    assert sizes == [(1, n_shared), (12, 22 - n_shared), (1, 89), (8, 11)]

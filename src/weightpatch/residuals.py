@@ -9,13 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from weightpatch.architecture import Architecture, embedding_weight, layers_of
 from weightpatch.errors import AnchorError
 
 BATCH_TOKENS = 2048
 """Tokens, with padding, that one forward pass of a whole model works on, unless told otherwise."""
+
+LEAST_SHARED = 8
+"""Tokens at the start of all prompts that are worth a call of their own."""
 
 _CPU_BYTES = 32 * 2**20
 """What a call's activations may take on a CPU, where more gains nothing (docs/speed.md)."""
@@ -174,7 +177,13 @@ See = Callable[[int, Tensor, tuple[Any, ...], dict[str, Any]], None]
 
 
 def walk(
-    model: PreTrainedModel, tokens: Tensor, last: int, see: See, *, weights: dict[str, Tensor] | None = None
+    model: PreTrainedModel,
+    tokens: Tensor,
+    last: int,
+    see: See,
+    *,
+    weights: dict[str, Tensor] | None = None,
+    cache: DynamicCache | None = None,
 ) -> None:
     """Run a model up to the residual stream that enters layer `last`, and no further.
 
@@ -184,6 +193,7 @@ def walk(
         last: The last layer reached; `n_layers` stands for what leaves the model's last one.
         see: Called on the way with every residual, that of `last` included.
         weights: Parameters that stand in for the model's own of these names.
+        cache: Of tokens that come before these in every row; these are added to it.
     """
     layers = layers_of(model)
     hooks = ExitStack()
@@ -207,7 +217,8 @@ def walk(
     if last == len(layers):
         hooks.callback(layers[-1].register_forward_hook(after).remove)
     with hooks, suppress(_Done):
-        functional_call(model, weights or {}, (), {"input_ids": tokens, "use_cache": False})
+        given = {"input_ids": tokens, "past_key_values": cache, "use_cache": cache is not None}
+        functional_call(model, weights or {}, (), given)
 
 
 def read_residuals(

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, takewhile
 
 import torch
 from torch import Tensor
 from torch.nn.functional import kl_div
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from weightpatch.anchor import Anchor
 from weightpatch.architecture import embedding_weight, layers_of
@@ -22,9 +22,11 @@ from weightpatch.pair import ModelPair
 from weightpatch.prompts import ContrastPrompts
 from weightpatch.reader import logits_of
 from weightpatch.reading import inputs, reference
-from weightpatch.residuals import BATCH_TOKENS, batches, evaluating, pad, readout_index, walk
+from weightpatch.residuals import BATCH_TOKENS, LEAST_SHARED, batches, evaluating, pad, readout_index, walk
 
 _LEAST = 1e-12
+_MOST_PADDING = 1 / 8
+"""Of the tokens of a forward pass: more costs more than another pass does."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -275,11 +277,14 @@ def _log_probs(model: PreTrainedModel, read: Tensor, weights: Weights) -> Tensor
 
 
 def together(model: PreTrainedModel, parts: Sequence[Part], *, batch_tokens: int) -> list[Loss]:
-    """One loss, and so one forward pass, for as many parts as fit into it; their sum stays what it was."""
+    """One loss, and so one forward pass, for as many parts of like length as fit into it; their sum stays as it was."""
     dealt: list[list[Part]] = []
     for part in sorted(parts, key=lambda part: part[0].longest):
-        rows = sum(len(spot.token_ids) for spot, _ in dealt[-1]) if dealt else 0
-        if dealt and (rows + len(part[0].token_ids)) * part[0].longest <= batch_tokens:
+        lengths = [len(ids) for spot, _ in dealt[-1] for ids in spot.token_ids] if dealt else []
+        longest = part[0].longest
+        padding = sum(longest - length for length in lengths)
+        fits = (len(lengths) + len(part[0].token_ids)) * longest <= batch_tokens
+        if dealt and fits and padding <= _MOST_PADDING * batch_tokens:
             dealt[-1].append(part)
         else:
             dealt.append([part])
@@ -307,7 +312,10 @@ def streams(model: PreTrainedModel, spots: Sequence[Spot], weights: Weights) -> 
         torch.arange(end - len(spot.token_ids), end, device=device)[:, None]
         for end, spot in zip(ends, spots, strict=True)
     ]
-    index = [readout_index(spot.token_ids, spot.positions).to(device) for spot in spots]
+    index = [readout_index(spot.token_ids, spot.positions) for spot in spots]
+    n_shared = _n_shared(token_ids, min(int(one.min()) for one in index))
+    index = [one.to(device) - n_shared for one in index]
+    last = max(spot.last for spot in spots)
     read: list[list[Tensor]] = [[] for _ in spots]
 
     def see(layer: int, residual: Tensor, _args: object, _kwargs: object) -> None:
@@ -315,5 +323,18 @@ def streams(model: PreTrainedModel, spots: Sequence[Spot], weights: Weights) -> 
             if spot.first <= layer <= spot.last:
                 read[place].append(residual[rows[place], index[place]].float())
 
-    walk(model, pad(token_ids, device), max(spot.last for spot in spots), see, weights=weights)
+    cache: DynamicCache | None = None
+    if n_shared:
+        cache = DynamicCache()
+        start = torch.tensor([token_ids[0][:n_shared]], device=device)
+        walk(model, start, last, lambda *_: None, weights=weights, cache=cache)
+        cache.batch_repeat_interleave(len(token_ids))
+    walk(model, pad([ids[n_shared:] for ids in token_ids], device), last, see, weights=weights, cache=cache)
     return [torch.stack(own) for own in read]
+
+
+def _n_shared(token_ids: Sequence[Sequence[int]], most: int) -> int:
+    """How many tokens all sequences begin with, if it is worth to run them once."""
+    alike = (len(set(column)) == 1 for column in zip(*token_ids, strict=False))
+    shared = min(most, sum(takewhile(bool, alike)))
+    return shared if len(token_ids) > 1 and shared >= LEAST_SHARED else 0

@@ -15,11 +15,10 @@ from transformers import DynamicCache, PreTrainedModel
 
 from weightpatch.component import Component
 from weightpatch.planted.low_rank import LowRank, summed
+from weightpatch.residuals import LEAST_SHARED
 
 IGNORED = -100
 _WARMUP = 10
-_LEAST_SHARED = 8
-"""Tokens at the start of all sequences from which on running them once pays."""
 _LAST = 0.05
 """The learning rate ends at this share of its peak."""
 
@@ -156,7 +155,7 @@ def answer_loss(model: PreTrainedModel, state: Mapping[str, Tensor], ids: Tensor
         return logits
 
     cache: DynamicCache | None = None
-    if shared >= _LEAST_SHARED:
+    if shared >= LEAST_SHARED:
         cache = DynamicCache()
         run(ids[:1, :shared], cache, 1)
         cache.batch_repeat_interleave(len(ids))
