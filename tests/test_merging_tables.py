@@ -93,3 +93,13 @@ def test_intervals_hold_the_true_difference_about_as_often_as_they_say(
             low, high = table.student(table.differences(every, "a", "b"))
         held.append(low <= 0.1 <= high)
     assert 0.9 <= np.mean(held) < 1.0
+
+
+def test_the_docs_show_what_the_results_on_smollm2_say(table: ModuleType) -> None:
+    docs = (FOLDER.parent.parent / "docs" / "merging.md").read_text(encoding="utf-8").splitlines()
+    folders = sorted((FOLDER / "results" / "smollm2").iterdir())
+    assert folders
+    for folder in folders:
+        every = [table.read_case(folder)]
+        told = [*table.recovery_table(every), *table.difference_table(every, "streams")]
+        assert [line for line in told if line not in docs] == [], folder.name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from collections.abc import Callable, Mapping
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from cases import Case, Weights, logits_with
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from weightpatch.anchor import Anchor
@@ -103,13 +105,21 @@ def learned(name: str) -> Callable[[Case, dict[str, Any]], Weights]:
 
 def _learned(case: Case, name: str, config: dict[str, Any]) -> Tensor:
     """A table of coefficients; learned once for all steps to stop at, and for the control of the same means."""
-    key = f"tables {name} { ({**config, 'stop_at': None}) }"
+    settings = {"name": name} | {key: value for key, value in config.items() if key != "stop_at"}
+    key = json.dumps(settings, sort_keys=True)
     if key not in case._cache:
-        blend = _blend(case, config["units"])
-        start = torch.full((len(case.experts), len(blend.components) + 1), float(config["start"]))
-        steps = learn(blend, _losses(case, name, config["n_prompts"]), start, Training(n_steps=config["n_steps"]))
-        case._cache[key] = {number: step.table for number, step in enumerate(steps, 1)}
-    found: Tensor = case._cache[key][config["stop_at"]]
+        digest = hashlib.sha256(key.encode()).hexdigest()[:16]
+        file = case.folder / "learned" / f"{digest}.safetensors"  # hours on a slow machine, so they outlive a process
+        if not file.is_file():
+            blend = _blend(case, config["units"])
+            start = torch.full((len(case.experts), len(blend.components) + 1), float(config["start"]))
+            steps = learn(blend, _losses(case, name, config["n_prompts"]), start, Training(n_steps=config["n_steps"]))
+            tables = {str(step.number): step.table for step in steps}
+            file.parent.mkdir(exist_ok=True)
+            save_file(tables, file.with_suffix(".partial"))
+            file.with_suffix(".partial").replace(file)
+        case._cache[key] = load_file(file)
+    found: Tensor = case._cache[key][str(config["stop_at"])]
     return found
 
 

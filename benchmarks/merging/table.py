@@ -132,6 +132,44 @@ def summary(cases: Sequence[Results], method: str) -> list[str]:
     return columns
 
 
+def names_of(cases: Sequence[Results]) -> list[str]:
+    """Methods that went through test in some case, in the order in which they were run."""
+    found = dict.fromkeys(record["method"] for known in cases for record in known.values())
+    return [one for one in found if one != "base" and not one.startswith("expert ")]
+
+
+def is_whole(cases: Sequence[Results], method: str) -> bool:
+    """Whether a method has been judged in every case."""
+    return all("selected" in chosen(known, method) for known in cases)
+
+
+def recovery_table(cases: Sequence[Results]) -> list[str]:
+    """A line for every method that all cases have, the best first."""
+    rows = [summary(cases, one) for one in names_of(cases) if is_whole(cases, one)]
+    return [
+        "| method | default | selected | oracle | worst expert | normalised | forgetting |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        *(f"| {' | '.join(row)} |" for row in sorted(rows, key=lambda columns: -float(columns[2]))),
+    ]
+
+
+def difference_table(cases: Sequence[Results], method: str) -> list[str]:
+    """A line for every other method that all cases have; Student's interval needs two cases."""
+    others = [one for one in names_of(cases) if is_whole(cases, one) and one != method]
+    lines = [f"| {method} minus | mean recovery | bootstrap | Student | by case |", "| --- | ---: | --- | --- | --- |"]
+    for other in others if is_whole(cases, method) else []:
+        own = differences(cases, method, other)
+        spans = [_span(bootstrap(cases, method, other)), _span(student(own)) if len(cases) > 1 else ""]
+        lines.append(
+            f"| {other} | {own.mean():+.3f} | {' | '.join(spans)} | {', '.join(f'{one:+.3f}' for one in own)} |"
+        )
+    return lines
+
+
+def _span(ends: tuple[float, float]) -> str:
+    return f"{ends[0]:+.3f} to {ends[1]:+.3f}"
+
+
 def main() -> None:
     """Print both tables."""
     parser = argparse.ArgumentParser(description="Tables of a comparison of merging methods.")
@@ -141,26 +179,10 @@ def main() -> None:
     options = parser.parse_args()
     files = sorted(file for name in options.cases for file in options.work.glob(f"{name}/results.jsonl"))
     cases = [read_case(file.parent) for file in files]
-    methods = list(dict.fromkeys(record["method"] for known in cases for record in known.values()))
-    whole = [one for one in methods if all("selected" in chosen(known, one) for known in cases)]
     print(f"{len(cases)} cases: {', '.join(file.parent.name for file in files)}")
-    if parted := [one for one in methods if one not in whole]:
+    if parted := [one for one in names_of(cases) if not is_whole(cases, one)]:
         print(f"left out, as not all cases have them: {', '.join(parted)}")
-    print()
-    print("| method | default | selected | oracle | worst expert | normalised | forgetting |")
-    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
-    rows = [summary(cases, one) for one in whole if one != "base" and not one.startswith("expert ")]
-    for row in sorted(rows, key=lambda columns: -float(columns[2])):
-        print(f"| {' | '.join(row)} |")
-    print(f"\n| {options.method} minus | mean recovery | bootstrap | Student | by case |")
-    print("| --- | ---: | --- | --- | --- |")
-    for row in rows:
-        if row[0] != options.method and options.method in whole:
-            own = differences(cases, options.method, row[0])
-            spans = [
-                f"{low:+.3f} to {high:+.3f}" for low, high in (bootstrap(cases, options.method, row[0]), student(own))
-            ]
-            print(f"| {row[0]} | {own.mean():+.3f} | {' | '.join(spans)} | {', '.join(f'{one:+.3f}' for one in own)} |")
+    print("", *recovery_table(cases), "", *difference_table(cases, options.method), sep="\n")
 
 
 if __name__ == "__main__":
