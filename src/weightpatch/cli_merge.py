@@ -38,10 +38,10 @@ def merge(
         Literal["uniform", "soft", "top", "owner", "sources", "anchors", "streams", "outputs", "streams+outputs"]
         | None,
         typer.Option(
-            help="From runs to coefficients (streams). uniform: task arithmetic, needs no run. soft, top, owner: by "
-            "ranks of recovery. sources: the components with this role. anchors: learned, so that every anchor is "
-            "restored. streams, outputs, streams+outputs: learned, so that residual streams, or what the next token "
-            "will be, or both, are restored where anchors are read."
+            help="From runs to coefficients (streams+outputs). uniform: task arithmetic, needs no run. soft, top, "
+            "owner: by ranks of recovery. sources: the components with this role. anchors: learned, so that every "
+            "anchor is restored. streams, outputs, streams+outputs: learned, so that residual streams, or what the "
+            "next token will be, or both, are restored where anchors are read."
         ),
     ] = None,
     units: Annotated[

@@ -130,7 +130,7 @@ def merge(
         base: Hub id, folder or GGUF file.
         experts: `Expert`s, or `"SPECIALIZED=RUN"` and `"SPECIALIZED=RUN:0.7"`.
         out: A new folder, or one of the same merge that was interrupted.
-        rule: From runs to coefficients; None: `Rule()`, which restores every expert's streams.
+        rule: From runs to coefficients; None: `Rule()`, which restores every expert's streams and next tokens.
         coefficients: Given ones, or their file, instead of a rule.
         method: How differences are combined: a name out of `METHODS` or settings of your own.
         dtype: Of what is written; None: as the base's files have it.

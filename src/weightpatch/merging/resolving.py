@@ -56,7 +56,7 @@ class Rule:
         training: Of what is learned: these policies start from the experts' weights and stay near them.
     """
 
-    policy: Choice = "streams"
+    policy: Choice = "streams+outputs"
     units: str | None = None
     rest: Rest = "task-arithmetic"
     temperature: float = TEMPERATURE
