@@ -218,6 +218,19 @@ def test_every_setting_of_learning_changes_coefficients(
     )
 
 
+def test_states_restored_along_answers_give_other_coefficients_and_restore_anchors_too(
+    experts: dict[str, Expert],
+) -> None:
+    plain = Rule(units="attns,mlps", training=FEW)
+    one, along, longer = (
+        decide(experts, rule=replace(plain, training=replace(FEW, answer_tokens=n))).resolved for n in (0, 4, 8)
+    )
+    assert one.weights != along.weights != longer.weights
+    assert sum((own.after - 1) ** 2 for own in along.restored) < sum((own.before - 1) ** 2 for own in along.restored)
+    with pytest.raises(MergeError, match="not along answers"):
+        replace(plain, policy="anchors", training=replace(FEW, answer_tokens=4))
+
+
 def test_learning_needs_anchors_and_no_effects(experts: dict[str, Expert], tmp_path: Path) -> None:
     bare = {}
     for name, one in experts.items():

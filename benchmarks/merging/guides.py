@@ -20,11 +20,18 @@ from weightpatch.difference import weight_differences
 from weightpatch.localization import localize
 from weightpatch.merging.experts import read_scores
 from weightpatch.merging.learning import Blend, Loss, Training, learn
-from weightpatch.merging.resolving import STATES, read_aims
+from weightpatch.merging.resolving import STATES, Learned, read_aims
 from weightpatch.merging.restoring import Aim, restoring, restoring_states
 from weightpatch.residuals import BATCH_TOKENS, batches, pad
 
 UNIFORM = ", uniform of the same means"
+POLICIES: Mapping[str, Learned] = {
+    "streams": "streams",
+    "streams and KL": "streams+outputs",
+    "KL to the experts": "outputs",
+    "KL": "outputs",
+}
+"""What restores whole states -> its policy."""
 
 Scores = dict[str, dict[Component, float]]
 
@@ -113,7 +120,8 @@ def _learned(case: Case, name: str, config: dict[str, Any]) -> Tensor:
         if not file.is_file():
             blend = _blend(case, config["units"])
             start = torch.full((len(case.experts), len(blend.components) + 1), float(config["start"]))
-            steps = learn(blend, _losses(case, name, config["n_prompts"]), start, Training(n_steps=config["n_steps"]))
+            losses = _losses(case, name, config["n_prompts"], config.get("answer_tokens", 0))
+            steps = learn(blend, losses, start, Training(n_steps=config["n_steps"]))
             tables = {str(step.number): step.table for step in steps}
             file.parent.mkdir(exist_ok=True)
             save_file(tables, file.with_suffix(".partial"))
@@ -131,16 +139,15 @@ def _blend(case: Case, units: str) -> Blend:
     return found
 
 
-def _losses(case: Case, name: str, n_prompts: int) -> list[Loss]:
-    key = f"losses {name} {n_prompts}"
+def _losses(case: Case, name: str, n_prompts: int, answer_tokens: int) -> list[Loss]:
+    key = f"losses {name} {n_prompts} {answer_tokens}"
     if key not in case._cache:
-        case._cache[key] = _new_losses(case, name, n_prompts)
+        case._cache[key] = _new_losses(case, name, _aims(case, n_prompts, answer_tokens))
     found: list[Loss] = case._cache[key]
     return found
 
 
-def _new_losses(case: Case, name: str, n_prompts: int) -> list[Loss]:
-    aims = _aims(case, n_prompts)
+def _new_losses(case: Case, name: str, aims: list[Aim]) -> list[Loss]:
     if name == "anchors":
         return restoring(case.model, aims)
     if name == "anchors, random directions":
@@ -151,20 +158,23 @@ def _new_losses(case: Case, name: str, n_prompts: int) -> list[Loss]:
         case.model,
         aims,
         lambda expert: {key: case.weights[key] + change for key, change in case.changes()[expert].items()},
-        STATES[{"streams and KL": "streams+outputs", "KL to the experts": "outputs", "streams": "streams"}[name]],
+        STATES[POLICIES[name.removesuffix(" along answers")]],
     )
 
 
-def _aims(case: Case, n_prompts: int) -> list[Aim]:
-    if "aims" not in case._cache:
-        case._cache["aims"] = read_aims(case.inputs, case.runs(scored=False))[1]
-    return [_first(one, n_prompts) for one in case._cache["aims"]]
+def _aims(case: Case, n_prompts: int, answer_tokens: int) -> list[Aim]:
+    key = f"aims {answer_tokens}"
+    if key not in case._cache:
+        case._cache[key] = read_aims(case.inputs, case.runs(scored=False), answer_tokens=answer_tokens)[1]
+    return [_first(one, n_prompts) for one in case._cache[key]]
 
 
 def _first(one: Aim, n: int) -> Aim:
     """An aim on the first prompts of its task alone."""
     assert not one.anchor.is_difference
-    return replace(one, token_ids=one.token_ids[:n], base=one.base[:n], specialized=one.specialized[:n])
+    return replace(
+        one, token_ids=one.token_ids[:n], base=one.base[:n], specialized=one.specialized[:n], answers=one.answers[:n]
+    )
 
 
 def _turned(case: Case, one: Aim, seed: int) -> Aim:

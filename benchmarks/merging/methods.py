@@ -179,24 +179,32 @@ LEARNED = (
     ("streams", "guided", FINE),
     ("streams and KL", "guided", FINE),
     ("KL to the experts", "control", FINE),
+    ("streams and KL along answers", "guided", FINE),
+    ("KL along answers", "control", FINE),
     ("streams, uniform of the same means", "control", FINE),
     ("entropy", "control", COARSE_TOO),
     ("anchors", "guided", COARSE_TOO),
     ("anchors, random directions", "control", COARSE_TOO),
     ("anchors, uniform of the same means", "control", COARSE_TOO),
 )
+ANSWER_TOKENS = 64
+"""Of every expert's own answers, for what is learned along them."""
 N_STEPS = 80
 """Of learning; its rate falls along all of them, wherever it is stopped."""
 STARTS = (0.4, 0.5, 0.6, 0.8, 1.0)
 
 
-def learnings(units: Sequence[str], starts: Sequence[float], n_steps: int, n_prompts: int) -> list[Config]:
-    """Configurations of what is learned: units, where it starts, after how many of its steps it is stopped."""
+def learnings(units: Sequence[str], starts: Sequence[float], **alike: int) -> list[Config]:
+    """Configurations of what is learned: units, where it starts, after how many of its `n_steps` it is stopped."""
     eighths = (1, 2, 3, 4, 6, 8) if len(units) == 1 else (2, 4, 8)
-    alike = {"n_steps": n_steps, "n_prompts": n_prompts}
+    n_steps = alike["n_steps"]
     default: Config = {"units": FINE[0], "start": 0.8, "stop_at": n_steps}
     stops = [n_steps * share // 8 for share in eighths]
     return [one | alike for one in first(default, grid(units=units, start=starts, stop_at=stops))]
+
+
+def _along(name: str) -> dict[str, int]:
+    return {"answer_tokens": ANSWER_TOKENS} if name.endswith("along answers") else {}
 
 
 def thinned(configs: Sequence[Config], n: int) -> list[Config]:
@@ -314,7 +322,12 @@ def ways(n_experts: int, *, n_prompts: int, starts: Sequence[float] = STARTS, n_
         found.append(Way(name=f"soft, {scores}", configs=soft, build=guided("soft", scores), kind="control"))
     found = [replace(way, configs=thinned(way.configs, n_configs)) for way in found]
     found += [
-        Way(name=name, configs=learnings(units, starts, n_steps, n_prompts), build=learned(name), kind=kind)
+        Way(
+            name=name,
+            configs=learnings(units, starts, n_steps=n_steps, n_prompts=n_prompts, **_along(name)),
+            build=learned(name),
+            kind=kind,
+        )
         for name, kind, units in LEARNED
     ]
     wrong = [way.name for way in found if len(way.configs) != n_configs]

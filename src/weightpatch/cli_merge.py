@@ -61,6 +61,14 @@ def merge(
     penalty: Annotated[
         float | None, typer.Option(help="Of what is learned: for leaving the weights given, 0.1.")
     ] = None,
+    answer_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Of streams, outputs and both: restored along so many tokens of each expert's own answers; 0: where "
+            "anchors are read.",
+        ),
+    ] = None,
     coefficients: Annotated[
         Path | None, typer.Option(help="A coefficient file instead of a policy, as --save-coefficients writes it.")
     ] = None,
@@ -110,7 +118,9 @@ def merge(
 
     if out is not None:
         check_free(out)
-    learning = _given({"n_steps": steps, "learning_rate": learning_rate, "penalty": penalty})
+    learning = _given(
+        {"n_steps": steps, "learning_rate": learning_rate, "penalty": penalty, "answer_tokens": answer_tokens}
+    )
     ways = _given({"units": units, "rest": rest, "temperature": temperature, "share": share})
     rule = None
     if coefficients is None:
@@ -167,7 +177,8 @@ _USED_BY = {
     "top": ("units", "rest", "share"),
     "owner": ("units", "rest"),
     "sources": ("units", "rest"),
-    **dict.fromkeys(("streams", "outputs", "streams+outputs", "anchors"), ("units", "rest", *_LEARNING)),
+    "anchors": ("units", "rest", *_LEARNING),
+    **dict.fromkeys(("streams", "outputs", "streams+outputs"), ("units", "rest", *_LEARNING, "answer_tokens")),
 }
 """Policy -> settings that it reads."""
 _THINNING_USED_BY = {

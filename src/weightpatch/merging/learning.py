@@ -96,11 +96,14 @@ class Training:
         n_steps: Steps of Adam.
         learning_rate: Of the coefficients; falls to a tenth along a line.
         penalty: What the mean squared distance from where they start is multiplied by.
+        answer_tokens: Most tokens of every expert's own answer that whole states are restored along; 0: they are
+            restored at the anchors' positions.
     """
 
     n_steps: int = 80
     learning_rate: float = 0.05
     penalty: float = 0.1
+    answer_tokens: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

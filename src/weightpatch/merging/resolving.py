@@ -67,11 +67,16 @@ class Rule:
         """Check the names.
 
         Raises:
-            MergeError: an unknown one.
+            MergeError: an unknown one, or answers for anchors, which are not read along them.
         """
         for name, value, known in (("policy", self.policy, Choice), ("rest", self.rest, Rest)):
             if value not in get_args(known):
                 raise MergeError(f"unknown {name} {value!r} of a merge. Choose one of {', '.join(get_args(known))}.")
+        if self.policy == "anchors" and self.training.answer_tokens:
+            raise MergeError(
+                "anchors are restored at their own positions, not along answers. Leave answer_tokens out, or choose "
+                f"another policy: {', '.join(STATES)}."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,7 +184,7 @@ def _learned(
     bookmark: Path | None,
     on_step: Callable[[Step], None] | None,
 ) -> Resolved:
-    model, learned_from, held_out = read_aims(inputs, runs)
+    model, learned_from, held_out = read_aims(inputs, runs, answer_tokens=training.answer_tokens)
     changes = {name: {one: inputs.change(name, one).to(model.device) for one in inputs.ours.shapes} for name in runs}
     blend = Blend.of(model, changes, chosen)
     start = blend.table({name: dict.fromkeys(chosen, weight) for name, weight in weights.items()}, rest)
@@ -228,20 +233,25 @@ def _key(
         "batch_tokens": batch_tokens,
         "files": inputs.fingerprints(),
         "versions": versions(),
-        "aims": [(one.expert, one.task, one.anchor.layer, one.anchor.positions, one.token_ids) for one in aims],
+        "aims": [
+            (one.expert, one.task, one.anchor.layer, one.anchor.positions, one.token_ids, one.answers) for one in aims
+        ],
     }
     digest.update(json.dumps(settings, sort_keys=True).encode())
     return digest.hexdigest()
 
 
-def read_aims(inputs: Inputs, runs: Mapping[str, Run]) -> tuple[PreTrainedModel, list[Aim], list[Aim]]:
+def read_aims(
+    inputs: Inputs, runs: Mapping[str, Run], *, answer_tokens: int = 0
+) -> tuple[PreTrainedModel, list[Aim], list[Aim]]:
     """The base, and every anchor of every expert's run on two splits: to learn from, and held out.
 
     Learned from are prompts that effects were measured on, held out those of the split `validate`, where the expert
-    reads higher on them than the base; anchors were fitted on others.
+    reads higher on them than the base; anchors were fitted on others. Those to learn from come with so many tokens of
+    the expert's answers.
 
     Raises:
-        MergeError: a run without anchors.
+        MergeError: a run without anchors, or answers without a tokenizer.
     """
     model = inputs.load_base()
     learned_from: list[Aim] = []
@@ -250,8 +260,8 @@ def read_aims(inputs: Inputs, runs: Mapping[str, Run]) -> tuple[PreTrainedModel,
         pair = inputs.pair(name, model)
         for task, anchor in anchors_of(run).items():
             prompts = run.prompts().of_task(task)
-            for split, aims in (("localize", learned_from), ("validate", held_out)):
-                aims.append(aim(pair, prompts.split(split), anchor, expert=name, task=task))
+            for split, aims, n in (("localize", learned_from, answer_tokens), ("validate", held_out, 0)):
+                aims.append(aim(pair, prompts.split(split), anchor, expert=name, task=task, answer_tokens=n))
     return model, learned_from, [one for one in held_out if one.gap > 0]
 
 

@@ -1,6 +1,6 @@
 """What coefficients are learned from: every expert's anchors, the streams that they are read in, or what comes out.
 
-A few dozen prompts of each expert, no labels, no generation.
+A few dozen prompts of each expert and no labels; at most each expert's own answers to these prompts are generated.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from transformers import DynamicCache, PreTrainedModel
 from weightpatch.anchor import Anchor
 from weightpatch.architecture import embedding_weight, layers_of
 from weightpatch.errors import MergeError
+from weightpatch.generation import generate
 from weightpatch.merging.learning import Loss, Weights
 from weightpatch.pair import ModelPair
 from weightpatch.prompts import ContrastPrompts
@@ -40,6 +41,7 @@ class Aim:
         token_ids: Unpadded prompts; for a contrast, those with the instruction first, then those without.
         base: Readouts of the base, shape `(prompt,)`.
         specialized: Readouts of the expert.
+        answers: What the expert answers to each sequence; where there are any, whole states are read along them.
     """
 
     expert: str
@@ -48,6 +50,7 @@ class Aim:
     token_ids: tuple[tuple[int, ...], ...]
     base: Tensor
     specialized: Tensor
+    answers: tuple[tuple[int, ...], ...] = ()
 
     @property
     def gap(self) -> float:
@@ -76,7 +79,15 @@ class Aim:
         return [[*part, *(place + n for place in part)] for part in chosen]
 
 
-def aim(pair: ModelPair, prompts: ContrastPrompts, anchor: Anchor, *, expert: str, task: str) -> Aim:
+def aim(
+    pair: ModelPair,
+    prompts: ContrastPrompts,
+    anchor: Anchor,
+    *,
+    expert: str,
+    task: str,
+    answer_tokens: int = 0,
+) -> Aim:
     """Read both models of an expert's pair on its prompts.
 
     Args:
@@ -85,15 +96,27 @@ def aim(pair: ModelPair, prompts: ContrastPrompts, anchor: Anchor, *, expert: st
         anchor: Of this task.
         expert: Name.
         task: Name.
+        answer_tokens: Most tokens of the expert's own greedy answers to take along; 0: none.
+
+    Raises:
+        MergeError: answers without a tokenizer.
     """
     base, specialized = reference(pair, prompts, anchor)
+    token_ids = inputs(pair, prompts, anchor)
+    answers: tuple[tuple[int, ...], ...] = ()
+    if answer_tokens:
+        if pair.tokenizer is None:
+            raise MergeError(f"{expert} and the base bring no tokenizer, which generating answers needs.")
+        found = generate(pair.specialized, pair.tokenizer, token_ids, max_new_tokens=answer_tokens)
+        answers = tuple(one.ids for one in found)
     return Aim(
         expert=expert,
         task=task,
         anchor=anchor,
-        token_ids=inputs(pair, prompts, anchor),
+        token_ids=token_ids,
         base=base,
         specialized=specialized,
+        answers=answers,
     )
 
 
@@ -198,6 +221,8 @@ def restoring_states(
 ) -> list[Loss]:
     """Losses that are 0 together where the merged model is in the expert's state at the anchors' positions.
 
+    With answers the positions are those of the last token before the answer and of each of its tokens.
+
     Residual streams are read in all layers from the anchor's to the last: squared distances, over the mean squared
     distance between base and expert in the same layer, as a mean over layers. Outputs are the distribution of the next
     token. Prompts, tasks, experts count as in `restoring`; the anchors' directions play no part.
@@ -219,7 +244,8 @@ def restoring_states(
             losses: list[list[Callable[[Tensor, Weights], Tensor]]] = [[] for _ in spots]
             if weighing.streams:
                 gaps = [read - streams(model, [spot], {})[0] for spot, read in zip(spots, wanted, strict=True)]
-                scale = torch.cat(gaps, dim=1).square().sum(dim=-1).mean(dim=(1, 2)).clamp_min(_LEAST)
+                sizes = torch.cat([gap.square().sum(dim=-1).mean(dim=2) for gap in gaps], dim=1)
+                scale = sizes.mean(dim=1).clamp_min(_LEAST)
                 for own, read in zip(losses, wanted, strict=True):
                     own.append(_distance(read, weighing.streams * share / scale))
             if weighing.outputs:
@@ -240,7 +266,12 @@ def _shares(aims: Sequence[Aim]) -> list[float]:
 
 
 def _spots(one: Aim, first: int, last: int, batch_tokens: int) -> list[Spot]:
-    """The positions of an aim's anchor in all its sequences, as many to a spot as fit into a forward pass."""
+    """Where an aim's sequences are read, as many to a spot as fit into a forward pass and have positions alike."""
+    if one.answers:
+        return [
+            Spot(token_ids=((*ids, *answer),), positions=range(-len(answer) - 1, 0), first=first, last=last)
+            for ids, answer in zip(one.token_ids, one.answers, strict=True)
+        ]
     return [
         Spot(
             token_ids=tuple(one.token_ids[place] for place in chosen),
