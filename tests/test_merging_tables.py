@@ -95,11 +95,27 @@ def test_intervals_hold_the_true_difference_about_as_often_as_they_say(
     assert 0.9 <= np.mean(held) < 1.0
 
 
+def test_the_overview_has_each_cases_recovery_and_a_mean_only_where_a_method_has_all_cases(table: ModuleType) -> None:
+    draw = np.random.default_rng(0)
+    rates = {(name, split, 0): rate for name, rate in (("a", 0.5), ("b", 0.75)) for split in SPLITS}
+    both, alone = case(rates, draw), case({key: rate for key, rate in rates.items() if key[0] == "a"}, draw)
+    a, b = (table.mean_recovery(table.chosen(both, name)["selected"], both) for name in "ab")
+    other = table.mean_recovery(table.chosen(alone, "a")["selected"], alone)
+    assert table.overview({"x": both, "y": alone}) == [
+        "| method | x | y | mean |",
+        "| --- | ---: | ---: | ---: |",
+        f"| a | {a:.3f} | {other:.3f} | {(a + other) / 2:.3f} |",
+        f"| b | {b:.3f} |  |  |",
+    ]
+
+
 def test_the_docs_show_what_the_results_on_smollm2_say(table: ModuleType) -> None:
-    docs = (FOLDER.parent.parent / "docs" / "merging.md").read_text(encoding="utf-8").splitlines()
-    folders = sorted((FOLDER / "results" / "smollm2").iterdir())
+    results = FOLDER / "results" / "smollm2"
+    folders = sorted(file.parent for file in results.glob("*/results.jsonl"))
     assert folders
-    for folder in folders:
-        every = [table.read_case(folder)]
-        told = [*table.recovery_table(every), *table.difference_table(every, "streams and KL")]
-        assert [line for line in told if line not in docs] == [], folder.name
+    every = {folder.name: table.read_case(folder) for folder in folders}
+    written = (results / "README.md").read_text(encoding="utf-8").splitlines()
+    told = table.page(every, "streams and KL")
+    assert written[-len(told) :] == told
+    docs = (FOLDER.parent.parent / "docs" / "merging.md").read_text(encoding="utf-8").splitlines()
+    assert [line for line in table.overview(every) if line not in docs] == []

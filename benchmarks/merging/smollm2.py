@@ -182,7 +182,7 @@ def main() -> None:
             tokenizer=tokenizer,
             inputs=Inputs.open(base, experts, any_adapter_base=True),
             units="attns,mlps",
-            batch_size=20,
+            batch_size=24,
         )
         if name != names[0]:
             take_over(options.work / names[0], folder, experts)

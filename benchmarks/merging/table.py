@@ -1,12 +1,12 @@
 """Tables of a comparison from its results: Markdown on stdout.
 
-    python benchmarks/merging/table.py --work DIR [--cases six-6 ...] [--method streams]
+    python benchmarks/merging/table.py --work DIR [--cases six-6 ...] [--method streams] [--each]
 
 For every method, over all cases: recovery (merged - base) / (expert - base) of pass rates on test, mean over experts,
 with its default and with the configuration selected on validation; the worst expert; normalised performance (merged /
 expert); forgetting (nats per token of plain answers more than the base); and the paired difference of one method to
 each other one, with two 95 % intervals: by a bootstrap that draws cases, and within a case problems, the same for
-all, and Student's over the cases' differences.
+all, and Student's over the cases' differences. `--each` tells every case by itself, and then all of them in one table.
 """
 
 from __future__ import annotations
@@ -170,15 +170,66 @@ def _span(ends: tuple[float, float]) -> str:
     return f"{ends[0]:+.3f} to {ends[1]:+.3f}"
 
 
+def expert_table(known: Results) -> list[str]:
+    """A line for every method of a case: recovery of each expert as selected, the best mean first."""
+    names = [one for one in names_of([known]) if is_whole([known], one)]
+    found = {one: recoveries(chosen(known, one)["selected"], dict(known)) for one in names}
+    ordered = sorted(found, key=lambda name: -sum(found[name].values()))
+    experts = list(found[ordered[0]])
+    return [
+        f"| method | {' | '.join(experts)} |",
+        f"| --- |{' ---: |' * len(experts)}",
+        *(f"| {name} | {' | '.join(f'{found[name][one]:.2f}' for one in experts)} |" for name in ordered),
+    ]
+
+
+def overview(cases: Mapping[str, Results]) -> list[str]:
+    """A line for every method: mean recovery as selected in each case; the mean only where it has them all."""
+    rows = {}
+    for name in dict.fromkeys(one for known in cases.values() for one in names_of([known])):
+        own = {case: chosen(known, name) for case, known in cases.items()}
+        values = {
+            case: mean_recovery(one["selected"], dict(cases[case])) for case, one in own.items() if "selected" in one
+        }
+        if values:
+            rows[name] = values
+    whole = {name: float(np.mean([*own.values()])) for name, own in rows.items() if len(own) == len(cases)}
+    first = next(iter(cases))
+    ordered = sorted(rows, key=lambda name: (name not in whole, -whole.get(name, rows[name].get(first, 0.0))))
+    return [
+        f"| method | {' | '.join(cases)} | mean |",
+        f"| --- |{' ---: |' * (len(cases) + 1)}",
+        *(
+            f"| {name} | {' | '.join(f'{rows[name][case]:.3f}' if case in rows[name] else '' for case in cases)} | "
+            f"{f'{whole[name]:.3f}' if name in whole else ''} |"
+            for name in ordered
+        ),
+    ]
+
+
+def page(cases: Mapping[str, Results], method: str) -> list[str]:
+    """Every case by itself, behind all of them in one table."""
+    lines = ["Mean recovery on test, configurations selected on validation:", "", *overview(cases)]
+    for name, known in cases.items():
+        tables = (recovery_table([known]), expert_table(known), difference_table([known], method))
+        lines += ["", f"## {name}", *(line for one in tables for line in ("", *one))]
+    return lines
+
+
 def main() -> None:
-    """Print both tables."""
+    """Print the tables."""
     parser = argparse.ArgumentParser(description="Tables of a comparison of merging methods.")
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--method", default="streams", help="that is compared to each other one")
     parser.add_argument("--cases", nargs="+", default=["*"], help="folders in DIR, all by default")
+    parser.add_argument("--each", action="store_true", help="every case by itself, behind all in one table")
     options = parser.parse_args()
     files = sorted(file for name in options.cases for file in options.work.glob(f"{name}/results.jsonl"))
     cases = [read_case(file.parent) for file in files]
+    if options.each:
+        names = [file.parent.name for file in files]
+        print(*page(dict(zip(names, cases, strict=True)), options.method), sep="\n")
+        return
     print(f"{len(cases)} cases: {', '.join(file.parent.name for file in files)}")
     if parted := [one for one in names_of(cases) if not is_whole(cases, one)]:
         print(f"left out, as not all cases have them: {', '.join(parted)}")

@@ -198,8 +198,10 @@ def _learned(
             STATES[what],
             batch_tokens=batch_tokens,
         )
-    key = _key(inputs, learned_from, start, what=what, training=training, batch_tokens=batch_tokens)
-    kept = Bookmark(file=bookmark, key=key) if bookmark else None
+    kept = None
+    if bookmark:
+        key = _key(inputs, learned_from, start, what=what, training=training, batch_tokens=batch_tokens)
+        kept = Bookmark(file=bookmark, key=key)
     behind = kept.read() if kept else None
     table = behind.table.to(start.device) if behind else start
     for step in learn(blend, losses, start, training, behind=behind):
