@@ -171,11 +171,11 @@ def _span(ends: tuple[float, float]) -> str:
 
 
 def expert_table(known: Results) -> list[str]:
-    """A line for every method of a case: recovery of each expert as selected, the best mean first."""
+    """A line for every method that a case has: recovery of each expert as selected, the best mean first."""
     names = [one for one in names_of([known]) if is_whole([known], one)]
     found = {one: recoveries(chosen(known, one)["selected"], dict(known)) for one in names}
     ordered = sorted(found, key=lambda name: -sum(found[name].values()))
-    experts = list(found[ordered[0]])
+    experts = list(next(iter(found.values()), {}))
     return [
         f"| method | {' | '.join(experts)} |",
         f"| --- |{' ---: |' * len(experts)}",
