@@ -22,9 +22,11 @@ from weightpatch.merging.experts import read_scores
 from weightpatch.merging.learning import Blend, Loss, Training, learn
 from weightpatch.merging.resolving import STATES, Learned, read_aims
 from weightpatch.merging.restoring import Aim, restoring, restoring_states
-from weightpatch.residuals import BATCH_TOKENS, batches, pad
+from weightpatch.prompts import tokenize
+from weightpatch.residuals import BATCH_TOKENS, batches, evaluating, pad
 
 UNIFORM = ", uniform of the same means"
+DAMPED = ", damped by activations"
 POLICIES: Mapping[str, Learned] = {
     "streams": "streams",
     "streams and KL": "streams+outputs",
@@ -98,6 +100,33 @@ def _activation(case: Case, expert: str, scores: Mapping[Component, float]) -> d
     return {one: known[str(one)] for one in scores}
 
 
+def activation_sizes(case: Case) -> Mapping[str, Tensor]:
+    """Matrix -> mean size of what the base puts into each of its columns over plain texts, over the largest of them."""
+    if "activations" in case._cache:
+        found: Mapping[str, Tensor] = case._cache["activations"]
+        return found
+    sums: dict[str, Tensor] = {}
+    hooks = []
+    for name, module in case.model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+
+            def add(_module: Any, args: tuple[Tensor, ...], name: str = name) -> None:
+                sums[f"{name}.weight"] = sums.get(f"{name}.weight", 0) + args[0].abs().sum(dim=(0, 1))
+
+            hooks.append(module.register_forward_pre_hook(add))
+    texts = [
+        (*tokenize(case.tokenizer, prompt), *case.tokenizer.encode(answer, add_special_tokens=False))
+        for prompt, answer in case.plain
+    ]
+    with evaluating(case.model):
+        for text in texts:  # one by one: padding is no text
+            case.model(input_ids=torch.tensor([text], device=case.model.device), use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    case._cache["activations"] = {name: total / total.max() for name, total in sums.items()}
+    return case._cache["activations"]
+
+
 def learned(name: str) -> Callable[[Case, dict[str, Any]], Weights]:
     """Coefficients that are learned, by what they are learned from."""
 
@@ -105,7 +134,7 @@ def learned(name: str) -> Callable[[Case, dict[str, Any]], Weights]:
         table = _learned(case, name.removesuffix(UNIFORM), config)
         if name.endswith(UNIFORM):
             table = torch.cat([table[:, :-1].mean(dim=1, keepdim=True).expand_as(table[:, :-1]), table[:, -1:]], dim=1)
-        return _blend(case, config["units"]).weights(table)
+        return _blend(case, config["units"], config.get("omega", 1.0)).weights(table)
 
     return build
 
@@ -118,7 +147,7 @@ def _learned(case: Case, name: str, config: dict[str, Any]) -> Tensor:
         digest = hashlib.sha256(key.encode()).hexdigest()[:16]
         file = case.folder / "learned" / f"{digest}.safetensors"  # hours on a slow machine, so they outlive a process
         if not file.is_file():
-            blend = _blend(case, config["units"])
+            blend = _blend(case, config["units"], config.get("omega", 1.0))
             start = torch.full((len(case.experts), len(blend.components) + 1), float(config["start"]))
             losses = _losses(case, name, config["n_prompts"], config.get("answer_tokens", 0))
             steps = learn(blend, losses, start, Training(n_steps=config["n_steps"]))
@@ -131,10 +160,16 @@ def _learned(case: Case, name: str, config: dict[str, Any]) -> Tensor:
     return found
 
 
-def _blend(case: Case, units: str) -> Blend:
-    key = f"blend {units}"
+def _blend(case: Case, units: str, omega: float) -> Blend:
+    """Models between which is learned, their differences damped as activation-informed merging does, 1: not at all."""
+    key = f"blend {units} {omega}"
     if key not in case._cache:
-        case._cache[key] = Blend.of(case.model, case.changes(), components(case.inputs.architecture, units))
+        damping = {name: 1 - own * (1 - omega) for name, own in activation_sizes(case).items()} if omega < 1 else {}
+        changes = {
+            expert: {name: change * damping.get(name, 1.0) for name, change in own.items()}
+            for expert, own in case.changes().items()
+        }
+        case._cache[key] = Blend.of(case.model, changes, components(case.inputs.architecture, units))
     found: Blend = case._cache[key]
     return found
 
@@ -158,7 +193,7 @@ def _new_losses(case: Case, name: str, aims: list[Aim]) -> list[Loss]:
         case.model,
         aims,
         lambda expert: {key: case.weights[key] + change for key, change in case.changes()[expert].items()},
-        STATES[POLICIES[name.removesuffix(" along answers")]],
+        STATES[POLICIES[name.removesuffix(" along answers").removesuffix(DAMPED)]],
     )
 
 

@@ -8,21 +8,19 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from cases import Case, Weights
-from guides import learned, scores_of
+from guides import DAMPED, activation_sizes, learned, scores_of
 from torch import Tensor
 
 from weightpatch.merging.coefficients import Coefficients
 from weightpatch.merging.combining import METHODS, Method
 from weightpatch.merging.policies import weigh
 from weightpatch.merging.writing import Merge
-from weightpatch.prompts import tokenize
-from weightpatch.residuals import evaluating
 
 Config = dict[str, Any]
 LAMBDAS = tuple(round(0.1 * step, 1) for step in range(1, 11))
@@ -113,7 +111,7 @@ def activation_informed(case: Case, config: Config) -> Weights:
     Each input channel's mean size of activation over plain texts, over the layer's largest: I; what is added to the
     channel's column is multiplied by 1 - I (1 - omega).
     """
-    sizes = _activations(case)
+    sizes = activation_sizes(case)
     weights = dict(case.weights)
     changes = case.changes()
     found: dict[str, Tensor] = {}
@@ -123,32 +121,6 @@ def activation_informed(case: Case, config: Config) -> Weights:
             added = added * (1 - sizes[name] * (1 - config["omega"]))
         found[name] = base + added
     return found
-
-
-def _activations(case: Case) -> Mapping[str, Tensor]:
-    if "activations" in case._cache:
-        found: Mapping[str, Tensor] = case._cache["activations"]
-        return found
-    sums: dict[str, Tensor] = {}
-    hooks = []
-    for name, module in case.model.named_modules():
-        if isinstance(module, torch.nn.Linear) and name != "lm_head":
-
-            def add(_module: Any, args: tuple[Tensor, ...], name: str = name) -> None:
-                sums[f"{name}.weight"] = sums.get(f"{name}.weight", 0) + args[0].abs().sum(dim=(0, 1))
-
-            hooks.append(module.register_forward_pre_hook(add))
-    texts = [
-        (*tokenize(case.tokenizer, prompt), *case.tokenizer.encode(answer, add_special_tokens=False))
-        for prompt, answer in case.plain
-    ]
-    with evaluating(case.model):
-        for text in texts:  # one by one: padding is no text
-            case.model(input_ids=torch.tensor([text], device=case.model.device), use_cache=False)
-    for hook in hooks:
-        hook.remove()
-    case._cache["activations"] = {name: total / total.max() for name, total in sums.items()}
-    return case._cache["activations"]
 
 
 def guided(policy: str, scores: str = "exact") -> Callable[[Case, Config], Weights]:
@@ -181,6 +153,7 @@ LEARNED = (
     ("KL to the experts", "control", FINE),
     ("streams and KL along answers", "guided", FINE),
     ("KL along answers", "control", FINE),
+    (f"streams and KL{DAMPED}", "guided", FINE),
     ("streams, uniform of the same means", "control", FINE),
     ("entropy", "control", COARSE_TOO),
     ("anchors", "guided", COARSE_TOO),
@@ -189,22 +162,34 @@ LEARNED = (
 )
 ANSWER_TOKENS = 64
 """Of every expert's own answers, for what is learned along them."""
+OMEGA = 0.4
+"""What differences keep in the channel with the largest activations, where they are damped; activation-informed's
+default."""
 N_STEPS = 80
 """Of learning; its rate falls along all of them, wherever it is stopped."""
 STARTS = (0.4, 0.5, 0.6, 0.8, 1.0)
 
 
-def learnings(units: Sequence[str], starts: Sequence[float], **alike: int) -> list[Config]:
+def learnings(
+    units: Sequence[str], starts: Sequence[float], *, start: float, n_steps: int, **alike: float
+) -> list[Config]:
     """Configurations of what is learned: units, where it starts, after how many of its `n_steps` it is stopped."""
     eighths = (1, 2, 3, 4, 6, 8) if len(units) == 1 else (2, 4, 8)
-    n_steps = alike["n_steps"]
-    default: Config = {"units": FINE[0], "start": 0.8, "stop_at": n_steps}
+    default: Config = {"units": FINE[0], "start": start, "stop_at": n_steps}
     stops = [n_steps * share // 8 for share in eighths]
-    return [one | alike for one in first(default, grid(units=units, start=starts, stop_at=stops))]
+    return [
+        one | {"n_steps": n_steps} | alike for one in first(default, grid(units=units, start=starts, stop_at=stops))
+    ]
 
 
-def _along(name: str) -> dict[str, int]:
-    return {"answer_tokens": ANSWER_TOKENS} if name.endswith("along answers") else {}
+def _more(name: str) -> dict[str, float]:
+    """Settings that one kind of learning has alone."""
+    return {"answer_tokens": ANSWER_TOKENS} if "along answers" in name else {"omega": OMEGA} if DAMPED in name else {}
+
+
+def _raised(name: str, starts: Sequence[float]) -> Sequence[float]:
+    """Where learning starts; damped differences are smaller, so there each is higher by .2."""
+    return [round(one + 0.2, 1) for one in starts] if DAMPED in name else starts
 
 
 def thinned(configs: Sequence[Config], n: int) -> list[Config]:
@@ -324,7 +309,14 @@ def ways(n_experts: int, *, n_prompts: int, starts: Sequence[float] = STARTS, n_
     found += [
         Way(
             name=name,
-            configs=learnings(units, starts, n_steps=n_steps, n_prompts=n_prompts, **_along(name)),
+            configs=learnings(
+                units,
+                _raised(name, starts),
+                start=_raised(name, [0.8])[0],
+                n_steps=n_steps,
+                n_prompts=n_prompts,
+                **_more(name),
+            ),
             build=learned(name),
             kind=kind,
         )

@@ -161,13 +161,17 @@ def difference_table(cases: Sequence[Results], method: str) -> list[str]:
         own = differences(cases, method, other)
         spans = [_span(bootstrap(cases, method, other)), _span(student(own)) if len(cases) > 1 else ""]
         lines.append(
-            f"| {other} | {own.mean():+.3f} | {' | '.join(spans)} | {', '.join(f'{one:+.3f}' for one in own)} |"
+            f"| {other} | {_signed(own.mean())} | {' | '.join(spans)} | {', '.join(_signed(one) for one in own)} |"
         )
     return lines
 
 
+def _signed(value: float) -> str:
+    return f"{round(value, 3) + 0.0:+.3f}"  # never -0.000
+
+
 def _span(ends: tuple[float, float]) -> str:
-    return f"{ends[0]:+.3f} to {ends[1]:+.3f}"
+    return f"{_signed(ends[0])} to {_signed(ends[1])}"
 
 
 def expert_table(known: Results) -> list[str]:
