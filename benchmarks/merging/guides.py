@@ -100,7 +100,12 @@ def _activation(case: Case, expert: str, scores: Mapping[Component, float]) -> d
     return {one: known[str(one)] for one in scores}
 
 
-def activation_sizes(case: Case) -> Mapping[str, Tensor]:
+def damping(case: Case, omega: float) -> dict[str, Tensor]:
+    """Matrix -> what a difference keeps in each column, as activation-informed merging has it (arXiv:2502.02421)."""
+    return {name: 1 - size * (1 - omega) for name, size in _activation_sizes(case).items()}
+
+
+def _activation_sizes(case: Case) -> Mapping[str, Tensor]:
     """Matrix -> mean size of what the base puts into each of its columns over plain texts, over the largest of them."""
     if "activations" in case._cache:
         found: Mapping[str, Tensor] = case._cache["activations"]
@@ -164,11 +169,13 @@ def _blend(case: Case, units: str, omega: float) -> Blend:
     """Models between which is learned, their differences damped as activation-informed merging does, 1: not at all."""
     key = f"blend {units} {omega}"
     if key not in case._cache:
-        damping = {name: 1 - own * (1 - omega) for name, own in activation_sizes(case).items()} if omega < 1 else {}
-        changes = {
-            expert: {name: change * damping.get(name, 1.0) for name, change in own.items()}
-            for expert, own in case.changes().items()
-        }
+        changes = case.changes()
+        if omega != 1:
+            kept = damping(case, omega)
+            changes = {
+                expert: {name: change * kept.get(name, 1.0) for name, change in own.items()}
+                for expert, own in changes.items()
+            }
         case._cache[key] = Blend.of(case.model, changes, components(case.inputs.architecture, units))
     found: Blend = case._cache[key]
     return found

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from cases import Case, Weights
-from guides import DAMPED, activation_sizes, learned, scores_of
+from guides import DAMPED, damping, learned, scores_of
 from torch import Tensor
 
 from weightpatch.merging.coefficients import Coefficients
@@ -111,14 +111,14 @@ def activation_informed(case: Case, config: Config) -> Weights:
     Each input channel's mean size of activation over plain texts, over the layer's largest: I; what is added to the
     channel's column is multiplied by 1 - I (1 - omega).
     """
-    sizes = activation_sizes(case)
+    kept = damping(case, config["omega"])
     weights = dict(case.weights)
     changes = case.changes()
     found: dict[str, Tensor] = {}
     for name, base in weights.items():
         added = config["lambda"] * sum(changes[expert][name] for expert in case.experts)
-        if name in sizes:
-            added = added * (1 - sizes[name] * (1 - config["omega"]))
+        if name in kept:
+            added = added * kept[name]
         found[name] = base + added
     return found
 
