@@ -26,7 +26,7 @@ from weightpatch.merging.experts import Expert, named, read_scores
 from weightpatch.merging.explaining import explain
 from weightpatch.merging.exporting import mergekit_recipe
 from weightpatch.merging.inputs import Inputs
-from weightpatch.merging.learning import Blend, Step, Training, learn
+from weightpatch.merging.learning import STARTS, Blend, Step, Training, learn
 from weightpatch.merging.merge import Prepared, merge, prepare
 from weightpatch.merging.resolving import Choice, Resolved, Rule
 from weightpatch.merging.writing import LEARNING, Merge
@@ -76,17 +76,18 @@ def learned(experts: dict[str, Expert]) -> Resolved:
 @pytest.mark.parametrize(
     ("text", "specialized", "run", "weight"),
     [
-        ("model=run", "model", "run", 1.0),
+        ("model=run", "model", "run", None),
         ("org/model=my/run:0.7", "org/model", "my/run", 0.7),
         ("tiny:specialized=run:-1", "tiny:specialized", "run", -1.0),
-        ("tiny:specialized", "tiny:specialized", None, 1.0),
-        ("a=b=run", "a=b", "run", 1.0),
+        ("tiny:specialized", "tiny:specialized", None, None),
+        ("tiny:specialized:1", "tiny:specialized", None, 1.0),
+        ("a=b=run", "a=b", "run", None),
         ("model:0.5", "model", None, 0.5),
         ("model=run:1e-3", "model", "run", 0.001),
     ],
 )
 def test_an_expert_is_written_as_checkpoint_run_and_weight(
-    text: str, specialized: str, run: str | None, weight: float
+    text: str, specialized: str, run: str | None, weight: float | None
 ) -> None:
     assert Expert.parse(text) == Expert(specialized=specialized, run=Path(run) if run else None, weight=weight)
 
@@ -205,6 +206,28 @@ def test_restored_streams_and_outputs_restore_held_out_anchors_that_they_were_no
     assert sum((one.after - 1) ** 2 for one in found) < sum((one.before - 1) ** 2 for one in found)
 
 
+def test_learning_starts_from_the_common_weight_that_restores_most_and_leaves_weights_that_are_named(
+    experts: dict[str, Expert],
+) -> None:
+    untouched = Rule(policy="streams", units="mlps", training=Training(n_steps=0))
+    one, other = experts
+    found = decide(experts, rule=untouched).resolved
+    assert found.of_experts[one] == found.of_experts[other]
+    assert [*{*found.weights[one].values()}] == [pytest.approx(found.of_experts[one])]
+    first = {}
+    for weight in STARTS:
+        given = {name: replace(own, weight=weight) for name, own in experts.items()}
+        rule = replace(untouched, training=Training(n_steps=1))
+        decide(given, rule=rule, on_step=lambda step, at=weight: first.update({at: step.loss}))
+    assert min(first, key=first.__getitem__) == found.of_experts[one]
+    named_one = experts | {one: replace(experts[one], weight=0.0)}
+    alone = decide(named_one, rule=untouched).resolved.of_experts
+    assert alone[one] == 0
+    assert alone[other] in STARTS
+    scored = decide(experts, rule=Rule(policy="owner")).resolved
+    assert scored.of_experts == dict.fromkeys(experts, 1.0)  # nothing is learned, so nothing is sought
+
+
 @pytest.mark.parametrize("changed", [{"n_steps": 2}, {"learning_rate": 0.01}, {"penalty": 50.0}])
 def test_every_setting_of_learning_changes_coefficients(
     experts: dict[str, Expert], learned: Resolved, changed: dict[str, float]
@@ -300,11 +323,12 @@ def test_given_coefficients_leave_nothing_to_weights(experts: dict[str, Expert],
 
 
 def test_components_that_no_anchor_sees_keep_the_experts_weight(learned: Resolved) -> None:
-    for own in learned.weights.values():
+    for name, own in learned.weights.items():
+        given = pytest.approx(learned.of_experts[name])
         late = [weight for one, weight in own.items() if (one.layer or 0) >= 6]
-        assert late == [1.0] * len(late)
+        assert late == [given] * len(late)
         assert len(late) == 4
-        assert all(weight != 1.0 for one, weight in own.items() if one.unit == "mlps" and (one.layer or 0) < 6)
+        assert all(weight != given for one, weight in own.items() if one.unit == "mlps" and (one.layer or 0) < 6)
 
 
 @pytest.mark.parametrize("shape", ["llama-gqa", "gpt2", "mixtral"])
