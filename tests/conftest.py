@@ -14,10 +14,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 import flow_oracle
+from merges import make_experts
 from weightpatch import ContrastPrompts, ModelPair, sources
 from weightpatch.architecture import Architecture
 from weightpatch.checkpoint import find, load
 from weightpatch.component import UNITS, Component, components
+from weightpatch.merging.experts import Expert
 from weightpatch.sources import FileSource
 
 _SIZES = {"num_hidden_layers": 3, "hidden_size": 24, "num_attention_heads": 4, "vocab_size": 61}
@@ -140,6 +142,12 @@ def conversions(monkeypatch: pytest.MonkeyPatch) -> list[PreTrainedModel]:
 
     monkeypatch.setattr(sources, "_convert", spy)
     return seen
+
+
+@pytest.fixture(scope="session")
+def experts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Expert]:
+    """Two planted adapters with their runs, for tests of merging."""
+    return make_experts(tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture(scope="module")
