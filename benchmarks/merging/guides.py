@@ -21,7 +21,7 @@ from weightpatch.localization import localize
 from weightpatch.merging.experts import read_scores
 from weightpatch.merging.learning import Blend, Loss, Training, learn
 from weightpatch.merging.resolving import STATES, Learned, read_aims
-from weightpatch.merging.restoring import Aim, restoring, restoring_states
+from weightpatch.merging.restoring import Aim, restoring, restoring_states, shares_of
 from weightpatch.prompts import tokenize
 from weightpatch.residuals import BATCH_TOKENS, batches, evaluating, pad
 
@@ -238,9 +238,7 @@ def _turned(case: Case, one: Aim, seed: int) -> Aim:
 
 def _entropies(case: Case, aims: list[Aim]) -> list[Loss]:
     """Entropies of the next token behind every prompt: AdaMerging's objective (arXiv:2310.02575)."""
-    experts = [aim.expert for aim in aims]
-    shares = [1 / (len(set(experts)) * experts.count(one.expert) * len(one.token_ids)) for one in aims]
-    asked = [(share, ids) for share, one in zip(shares, aims, strict=True) for ids in one.token_ids]
+    asked = [(share, ids) for share, one in zip(shares_of(aims), aims, strict=True) for ids in one.token_ids]
     found: list[Loss] = []
     for chosen in batches([ids for _, ids in asked], BATCH_TOKENS):
         token_ids = [asked[row][1] for row in chosen]

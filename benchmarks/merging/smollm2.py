@@ -116,7 +116,7 @@ def text_of(row: Row) -> str:
 
 def take_over(whole: Path, folder: Path, experts: Iterable[str]) -> None:
     """What base and experts alone solve, as measured with all experts, into the results of some of them."""
-    if (folder / "results.jsonl").is_file():
+    if (folder / "results.jsonl").is_file() or not (whole / "results.jsonl").is_file():
         return
     alone = ("base", *(f"expert {one}" for one in experts))
     records = [record for record in read(whole / "results.jsonl") if record["method"] in alone]

@@ -236,7 +236,7 @@ def restoring_states(
     """
     n_layers = len(layers_of(model))
     parts: list[Part] = []
-    for one, share in zip(aims, _shares(aims), strict=True):
+    for one, share in zip(aims, shares_of(aims), strict=True):
         weights = theirs(one.expert)
         spots = _spots(one, one.anchor.layer if weighing.streams else n_layers, n_layers, batch_tokens)
         with evaluating(model):
@@ -259,7 +259,7 @@ def _sum(losses: Sequence[Callable[[Tensor, Weights], Tensor]]) -> Callable[[Ten
     return lambda read, weights: torch.stack([one(read, weights) for one in losses]).sum()
 
 
-def _shares(aims: Sequence[Aim]) -> list[float]:
+def shares_of(aims: Sequence[Aim]) -> list[float]:
     """What each sequence counts: experts alike, their tasks alike, a task's sequences alike."""
     names = [one.expert for one in aims]
     return [1 / (len(set(names)) * names.count(one.expert) * len(one.token_ids)) for one in aims]
