@@ -35,18 +35,17 @@ from weightpatch.run import Run
 @pytest.mark.parametrize(
     ("text", "specialized", "run", "weight"),
     [
-        ("model=run", "model", "run", None),
+        ("model=run", "model", "run", 1.0),
         ("org/model=my/run:0.7", "org/model", "my/run", 0.7),
         ("tiny:specialized=run:-1", "tiny:specialized", "run", -1.0),
-        ("tiny:specialized", "tiny:specialized", None, None),
-        ("tiny:specialized:1", "tiny:specialized", None, 1.0),
-        ("a=b=run", "a=b", "run", None),
+        ("tiny:specialized", "tiny:specialized", None, 1.0),
+        ("a=b=run", "a=b", "run", 1.0),
         ("model:0.5", "model", None, 0.5),
         ("model=run:1e-3", "model", "run", 0.001),
     ],
 )
 def test_an_expert_is_written_as_checkpoint_run_and_weight(
-    text: str, specialized: str, run: str | None, weight: float | None
+    text: str, specialized: str, run: str | None, weight: float
 ) -> None:
     assert Expert.parse(text) == Expert(specialized=specialized, run=Path(run) if run else None, weight=weight)
 

@@ -28,9 +28,7 @@ def merge(
     expert: Annotated[
         list[str],
         typer.Option(
-            metavar="SPECIALIZED=RUN[:WEIGHT]",
-            help="An expert, the run that scored it, and its weight (1; where coefficients are learned, what restores "
-            "most to start from); repeat it.",
+            metavar="SPECIALIZED=RUN[:WEIGHT]", help="An expert, the run that scored it, and its weight; repeat it."
         ),
     ],
     out: Annotated[
@@ -61,7 +59,7 @@ def merge(
     steps: Annotated[int | None, typer.Option(min=0, help="Of what is learned: steps of learning, 80.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Of what is learned: 0.05.")] = None,
     penalty: Annotated[
-        float | None, typer.Option(help="Of what is learned: for leaving the weights it starts from, 0.1.")
+        float | None, typer.Option(help="Of what is learned: for leaving the weights given, 0.1.")
     ] = None,
     answer_tokens: Annotated[
         int | None,
@@ -164,14 +162,8 @@ def merge(
         with counting("tensors", len(prepared.merge.inputs.ours.shapes)) as on_done:
             prepared.write(out, on_parameter=lambda done, _: on_done(done))
     if as_json:
-        print_json(
-            {
-                "merged": str(out) if out else None,
-                "experts": [*prepared.experts],
-                "weights": prepared.resolved.of_experts,
-                "restored": [one.__dict__ for one in prepared.resolved.restored],
-            }
-        )
+        restored = [one.__dict__ for one in prepared.resolved.restored]
+        print_json({"merged": str(out) if out else None, "experts": [*prepared.experts], "restored": restored})
         return
     _print_restored(prepared)
     if out is not None:
@@ -253,7 +245,6 @@ def _print_plan(prepared: Prepared, *, as_json: bool) -> None:
         print_json(
             {
                 "experts": list(found.experts),
-                "weights": prepared.resolved.of_experts,
                 "tensors": {
                     name: {expert: own.__dict__ for expert, own in zip(found.experts, every, strict=True)}
                     for name, every in found.tensors.items()
@@ -301,8 +292,6 @@ def _print_plan(prepared: Prepared, *, as_json: bool) -> None:
 
 def _print_restored(prepared: Prepared) -> None:
     if restored := prepared.resolved.restored:
-        begun = ", ".join(f"{name} {weight:g}" for name, weight in prepared.resolved.of_experts.items())
-        print(f"\nweights that learning started from: {begun}")
         print("\nanchors, as shares of the gap, on prompts that coefficients were not learned from")
         rows = [(one.expert, one.task, f"{one.before:.3f}", f"{one.after:.3f}") for one in restored]
         print_table(("expert", "task", "before learning", "learned"), rows)

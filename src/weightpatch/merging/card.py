@@ -7,12 +7,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from weightpatch.files import write_whole
 from weightpatch.merging.coefficients import varying
 from weightpatch.merging.experts import Expert
-from weightpatch.merging.resolving import Learned, Resolved, Rule
+from weightpatch.merging.resolving import Resolved, Rule
 from weightpatch.merging.writing import Merge
 
 CARD = "README.md"
@@ -42,9 +42,7 @@ def _lines(merge: Merge, rule: Rule | None, resolved: Resolved, experts: Mapping
     )
     yield from ("", "| expert | checkpoint | weight | run | tasks | digest |", "| --- | --- | ---: | --- | --- | --- |")
     for name, expert in experts.items():
-        weight = f"{resolved.of_experts[name]:g}" if rule else "given"
-        if rule and expert.weight is None and rule.policy in get_args(Learned):
-            weight += " (found)"
+        weight = f"{expert.weight:g}" if rule else "given"
         yield f"| {name} | `{expert.specialized}` | {weight} | {_about(expert)} |"
     yield from ("", "## How", "")
     yield f"- coefficients: {_settings(asdict(rule)) if rule else 'given, in merge.coefficients'}"

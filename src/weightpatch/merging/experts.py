@@ -25,13 +25,12 @@ class Expert:
     Attributes:
         specialized: Hub id, folder, GGUF file or PEFT adapter folder.
         run: The folder of a run of base and expert; None where nothing of it is needed.
-        weight: What all its coefficients are multiplied by, or where learning them starts. None: 1, and where they are
-            learned, what restores most when all experts without a weight have it.
+        weight: What all its coefficients are multiplied by.
     """
 
     specialized: str
     run: Path | None = None
-    weight: float | None = None
+    weight: float = 1.0
 
     @classmethod
     def parse(cls, text: str) -> Expert:
@@ -50,7 +49,7 @@ class Expert:
         return cls(
             specialized=specialized,
             run=Path(run) if run else None,
-            weight=float(found["weight"]) if found["weight"] else None,
+            weight=float(found["weight"]) if found["weight"] else 1.0,
         )
 
 

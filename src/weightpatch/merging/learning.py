@@ -174,22 +174,6 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 """What Adam keeps them by."""
 
 
-STARTS = tuple(tenths / 10 for tenths in range(1, 11))
-"""Weights that learning may start from."""
-
-
-@torch.no_grad()
-def best_of(blend: Blend, losses: Sequence[Loss], tables: Sequence[Tensor]) -> int:
-    """Which of some tables of coefficients leaves the smallest sum of losses; the first of equals."""
-
-    def total(table: Tensor) -> float:
-        merged = blend.weights(table)
-        return sum(float(loss(merged)) for loss in losses)
-
-    totals = [total(table) for table in tables]
-    return totals.index(min(totals))
-
-
 def learn(
     blend: Blend, losses: Sequence[Loss], start: Tensor, training: Training, *, behind: Step | None = None
 ) -> Iterator[Step]:

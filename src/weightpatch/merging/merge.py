@@ -73,7 +73,7 @@ def prepare(
     if coefficients is not None:
         if rule is not None:
             raise MergeError("coefficients are given, so there is no rule to find them by. Leave one of the two out.")
-        if weighted := [name for name, one in found.items() if one.weight is not None]:
+        if weighted := [name for name, one in found.items() if one.weight != 1]:
             raise MergeError(
                 f"coefficients are given, so the weight of {', '.join(weighted)} would change nothing. Leave it out."
             )

@@ -17,7 +17,7 @@ from weightpatch.errors import MergeError
 from weightpatch.merging.coefficients import Coefficients
 from weightpatch.merging.experts import Expert, anchors_of, open_run, read_scores, read_sources, units_of
 from weightpatch.merging.inputs import Inputs, versions
-from weightpatch.merging.learning import STARTS, Blend, Bookmark, Loss, Step, Training, Weights, best_of, learn
+from weightpatch.merging.learning import Blend, Bookmark, Step, Training, Weights, learn
 from weightpatch.merging.policies import SHARE, TEMPERATURE, Policy, only, weigh
 from weightpatch.merging.restoring import Aim, Weighing, aim, restoring, restoring_states
 from weightpatch.residuals import BATCH_TOKENS
@@ -53,8 +53,7 @@ class Rule:
         rest: What becomes of the rest.
         temperature: Of `soft`.
         share: Of `top`.
-        training: Of what is learned: these policies start from the experts' weights and stay near them; experts without
-            one share the weight out of `STARTS` that restores most.
+        training: Of what is learned: these policies start from the experts' weights and stay near them.
     """
 
     policy: Choice = "streams+outputs"
@@ -103,14 +102,12 @@ class Resolved:
 
     Attributes:
         coefficients: Of every parameter.
-        of_experts: Expert -> its weight, named or found; empty where coefficients were given.
         weights: Expert -> component -> coefficient; empty where components play no part.
         unscored: Expert -> components with coefficients that its run says nothing of.
         restored: Every anchor with a gap on held-out prompts, where coefficients were learned.
     """
 
     coefficients: Coefficients
-    of_experts: Mapping[str, float] = field(default_factory=dict)
     weights: Mapping[str, Mapping[Component, float]] = field(default_factory=dict)
     unscored: Mapping[str, tuple[Component, ...]] = field(default_factory=dict)
     restored: tuple[Restored, ...] = ()
@@ -140,9 +137,10 @@ def resolve(
             merge.
         ComponentError: unknown units.
     """
-    weights = {name: 1.0 if expert.weight is None else expert.weight for name, expert in experts.items()}
+    weights = {name: expert.weight for name, expert in experts.items()}
     if rule.policy == "uniform":
-        return Resolved(coefficients=Coefficients.uniform(inputs.architecture, weights), of_experts=weights)
+        return Resolved(coefficients=Coefficients.uniform(inputs.architecture, weights))
+    rest = weights if rule.rest == "task-arithmetic" else dict.fromkeys(weights, 0.0)
     runs = {name: open_run(name, expert, inputs.base.reference) for name, expert in experts.items()}
     if rule.policy in get_args(Learned):
         return _learned(
@@ -151,8 +149,8 @@ def resolve(
             components(inputs.architecture, rule.units or LEARNED_UNITS),
             what=cast("Learned", rule.policy),
             training=rule.training,
-            weights={name: expert.weight for name, expert in experts.items()},
-            rest=rule.rest,
+            weights=weights,
+            rest=rest,
             batch_tokens=batch_tokens,
             bookmark=bookmark,
             on_step=on_step,
@@ -167,8 +165,7 @@ def resolve(
         found = weigh(scores, cast("Policy", rule.policy), temperature=rule.temperature, share=rule.share)
     scaled = {name: {one: weights[name] * share for one, share in own.items()} for name, own in found.items()}
     return Resolved(
-        coefficients=Coefficients.by_component(inputs.architecture, scaled, rest=_rest(weights, rule.rest)),
-        of_experts=weights,
+        coefficients=Coefficients.by_component(inputs.architecture, scaled, rest=rest),
         weights=scaled,
         unscored={name: tuple(one for one in chosen if one not in own) for name, own in scaled.items()},
     )
@@ -181,8 +178,8 @@ def _learned(
     *,
     what: Learned,
     training: Training,
-    weights: Mapping[str, float | None],
-    rest: Rest,
+    weights: Mapping[str, float],
+    rest: Mapping[str, float],
     batch_tokens: int,
     bookmark: Path | None,
     on_step: Callable[[Step], None] | None,
@@ -190,6 +187,7 @@ def _learned(
     model, learned_from, held_out = read_aims(inputs, runs, answer_tokens=training.answer_tokens)
     changes = {name: {one: inputs.change(name, one).to(model.device) for one in inputs.ours.shapes} for name in runs}
     blend = Blend.of(model, changes, chosen)
+    start = blend.table({name: dict.fromkeys(chosen, weight) for name, weight in weights.items()}, rest)
     if what == "anchors":
         losses = restoring(model, learned_from, batch_tokens=batch_tokens)
     else:
@@ -200,7 +198,6 @@ def _learned(
             STATES[what],
             batch_tokens=batch_tokens,
         )
-    of_experts, start = _begin(blend, losses, weights, rest)
     kept = None
     if bookmark:
         key = _key(inputs, learned_from, start, what=what, training=training, batch_tokens=batch_tokens)
@@ -216,33 +213,13 @@ def _learned(
     before, after = (_recoveries(model, held_out, blend.weights(one), batch_tokens) for one in (start, table))
     found = blend.by_component(table)
     return Resolved(
-        coefficients=Coefficients.by_component(inputs.architecture, found, rest=_rest(of_experts, rest)),
-        of_experts=of_experts,
+        coefficients=Coefficients.by_component(inputs.architecture, found, rest=rest),
         weights=found,
         restored=tuple(
             Restored(expert=one.expert, task=one.task, before=first, after=last)
             for one, first, last in zip(held_out, before, after, strict=True)
         ),
     )
-
-
-def _begin(
-    blend: Blend, losses: Sequence[Loss], weights: Mapping[str, float | None], rest: Rest
-) -> tuple[dict[str, float], Tensor]:
-    """The weights that learning starts from, and their table; weights that nobody named are found."""
-    starts = STARTS if None in weights.values() else STARTS[-1:]
-    every = [{name: start if own is None else own for name, own in weights.items()} for start in starts]
-    tables = [
-        blend.table({name: dict.fromkeys(blend.components, own) for name, own in one.items()}, _rest(one, rest))
-        for one in every
-    ]
-    best = best_of(blend, losses, tables) if len(tables) > 1 else 0
-    return every[best], tables[best]
-
-
-def _rest(weights: Mapping[str, float], rest: Rest) -> Mapping[str, float]:
-    """Coefficients of what no component with a coefficient owns."""
-    return weights if rest == "task-arithmetic" else dict.fromkeys(weights, 0.0)
 
 
 def _key(
