@@ -27,6 +27,7 @@ from weightpatch.residuals import BATCH_TOKENS, batches, evaluating, pad
 
 UNIFORM = ", uniform of the same means"
 DAMPED = ", damped by activations"
+HIGHER = ", higher starts"
 POLICIES: Mapping[str, Learned] = {
     "streams": "streams",
     "streams and KL": "streams+outputs",
@@ -136,7 +137,7 @@ def learned(name: str) -> Callable[[Case, dict[str, Any]], Weights]:
     """Coefficients that are learned, by what they are learned from."""
 
     def build(case: Case, config: dict[str, Any]) -> Weights:
-        table = _learned(case, name.removesuffix(UNIFORM), config)
+        table = _learned(case, name.removesuffix(UNIFORM).removesuffix(HIGHER), config)
         if name.endswith(UNIFORM):
             table = torch.cat([table[:, :-1].mean(dim=1, keepdim=True).expand_as(table[:, :-1]), table[:, -1:]], dim=1)
         return _blend(case, config["units"], config.get("omega", 1.0)).weights(table)

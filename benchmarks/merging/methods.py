@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from cases import Case, Weights
-from guides import DAMPED, damping, learned, scores_of
+from guides import DAMPED, HIGHER, damping, learned, scores_of
 from torch import Tensor
 
 from weightpatch.merging.coefficients import Coefficients
@@ -154,6 +154,7 @@ LEARNED = (
     ("streams and KL along answers", "guided", FINE),
     ("KL along answers", "control", FINE),
     (f"streams and KL{DAMPED}", "guided", FINE),
+    (f"streams and KL{HIGHER}", "guided", FINE),
     ("streams, uniform of the same means", "control", FINE),
     ("entropy", "control", COARSE_TOO),
     ("anchors", "guided", COARSE_TOO),
@@ -188,8 +189,8 @@ def _more(name: str) -> dict[str, float]:
 
 
 def _raised(name: str, starts: Sequence[float]) -> Sequence[float]:
-    """Where learning starts; damped differences are smaller, so there each is higher by .2."""
-    return [round(one + 0.2, 1) for one in starts] if DAMPED in name else starts
+    """Where learning starts; damped differences are smaller, so there, and where this is asked for, higher by .2."""
+    return [round(one + 0.2, 1) for one in starts] if DAMPED in name or HIGHER in name else starts
 
 
 def thinned(configs: Sequence[Config], n: int) -> list[Config]:
