@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -14,13 +15,14 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 import flow_oracle
-from merges import make_experts
 from weightpatch import ContrastPrompts, ModelPair, sources
 from weightpatch.architecture import Architecture
 from weightpatch.checkpoint import find, load
 from weightpatch.component import UNITS, Component, components
-from weightpatch.merging.experts import Expert
 from weightpatch.sources import FileSource
+
+if TYPE_CHECKING:
+    from weightpatch.merging.experts import Expert
 
 _SIZES = {"num_hidden_layers": 3, "hidden_size": 24, "num_attention_heads": 4, "vocab_size": 61}
 _GATED = {**_SIZES, "intermediate_size": 20, "max_position_embeddings": 64}
@@ -147,6 +149,8 @@ def conversions(monkeypatch: pytest.MonkeyPatch) -> list[PreTrainedModel]:
 @pytest.fixture(scope="session")
 def experts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Expert]:
     """Two planted adapters with their runs, for tests of merging."""
+    from merges import make_experts  # brings all stages of a run, which other tests need not wait for
+
     return make_experts(tmp_path_factory.mktemp("runs"))
 
 

@@ -188,9 +188,9 @@ def _more(name: str) -> dict[str, float]:
     return {"answer_tokens": ANSWER_TOKENS} if "along answers" in name else {"omega": OMEGA} if DAMPED in name else {}
 
 
-def _raised(name: str, starts: Sequence[float]) -> Sequence[float]:
+def _raised(name: str, start: float) -> float:
     """Where learning starts; damped differences are smaller, so there, and where this is asked for, higher by .2."""
-    return [round(one + 0.2, 1) for one in starts] if DAMPED in name or HIGHER in name else starts
+    return round(start + 0.2, 1) if DAMPED in name or HIGHER in name else start
 
 
 def thinned(configs: Sequence[Config], n: int) -> list[Config]:
@@ -312,8 +312,8 @@ def ways(n_experts: int, *, n_prompts: int, starts: Sequence[float] = STARTS, n_
             name=name,
             configs=learnings(
                 units,
-                _raised(name, starts),
-                start=_raised(name, [0.8])[0],
+                [_raised(name, one) for one in starts],
+                start=_raised(name, 0.8),
                 n_steps=n_steps,
                 n_prompts=n_prompts,
                 **_more(name),
