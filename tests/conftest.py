@@ -78,7 +78,14 @@ def no_float32_in_float64() -> Iterator[None]:
 
 
 CORE = ("llama-gqa", "qwen3", "gemma2", "gpt2", "gpt-neox", "olmo2", "granite", "mixtral")
-EVERY_SHAPE = [shape if shape in CORE else pytest.param(shape, marks=pytest.mark.slow) for shape in SHAPES]
+
+
+def slow_unless(normal: bool) -> tuple[pytest.MarkDecorator, ...]:
+    """Marks of a case that runs in the slow suite alone, unless it belongs to the normal one."""
+    return () if normal else (pytest.mark.slow,)
+
+
+EVERY_SHAPE = [pytest.param(shape, marks=slow_unless(shape in CORE)) for shape in SHAPES]
 """For tests that take long on all shapes: those that differ most in the normal suite, the others in the slow one."""
 
 

@@ -114,13 +114,16 @@ def test_a_wrong_argument_is_an_error_and_no_verdict(
         follows(task, response, kwargs)
 
 
-def test_verdicts_agree_with_if_verifiable_on_random_strings(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("seed", "n"), [(1, 300), pytest.param(2, 2000, marks=pytest.mark.slow)])
+def test_verdicts_agree_with_if_verifiable_on_random_strings(
+    seed: int, n: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(langdetect.DetectorFactory, "seed", 0)
     atoms = ["<<", ">>", "<", ">", "**", "*", '"', " ", "\n", "Section 1", "Section", "SECTION 2", "2"]
     atoms += [" a", "river", "THE RIVER IS LONG", "EL R\u00cdO ES LARGO", ",", "."]
-    draw = random.Random(1)
+    draw = random.Random(seed)
     # It strips the response before anything else and gives no verdict on a blank one, which IFEval itself does not do.
-    responses = ["".join(draw.choices(atoms, k=draw.randint(1, 9))).strip() for _ in range(1500)]
+    responses = ["".join(draw.choices(atoms, k=draw.randint(1, 9))).strip() for _ in range(n)]
     for response in filter(None, responses):
         for kind in INSTRUCTIONS.values():
             sample = if_verifiable.IFEvalSample(

@@ -270,7 +270,7 @@ def test_the_table_names_every_component_with_its_recovery(token_prompts: Contra
     assert Component.parse(table["component"][0]).unit == "heads"
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float64, marks=pytest.mark.slow)], ids=str)
 def test_on_the_bundled_pair_suffix_equals_swap_and_a_partition_gives_the_specialized_logits(
     dtype: torch.dtype,
 ) -> None:

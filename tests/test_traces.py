@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from conftest import slow_unless
 from weightpatch import ContrastPrompts, ModelPair
 from weightpatch.cli import main
 from weightpatch.errors import RunError
@@ -114,7 +115,7 @@ def test_the_matrix_of_a_run_adds_up_to_its_recoveries(done: Run) -> None:
     assert delivered.sum() == pytest.approx(gap, rel=1e-5)
 
 
-@pytest.mark.parametrize("n_steps", [1, 30, 56, 58, 59])
+@pytest.mark.parametrize("n_steps", [pytest.param(n, marks=slow_unless(n == 30)) for n in (1, 30, 56, 58, 59)])
 def test_a_trace_that_was_stopped_goes_on_and_ends_with_the_same_bytes(
     run: Run, done: Run, pair: ModelPair, n_steps: int
 ) -> None:

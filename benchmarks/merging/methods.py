@@ -155,6 +155,7 @@ LEARNED = (
     ("KL along answers", "control", FINE),
     (f"streams and KL{DAMPED}", "guided", FINE),
     (f"streams and KL{HIGHER}", "guided", FINE),
+    (f"KL to the experts{HIGHER}", "control", FINE),
     ("streams, uniform of the same means", "control", FINE),
     ("entropy", "control", COARSE_TOO),
     ("anchors", "guided", COARSE_TOO),

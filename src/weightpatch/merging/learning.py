@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,6 +124,10 @@ class Step:
     moments: tuple[Tensor, Tensor]
 
 
+_NOTE = "step"
+"""One entry, as safetensors writes several in any order, and the same step shall be the same bytes."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Bookmark:
     """A file that keeps the last step, so that learning goes on behind it.
@@ -145,17 +150,18 @@ class Bookmark:
             return None
         try:
             with safe_open(self.file, framework="pt") as kept:
-                note, found = kept.metadata(), {name: kept.get_tensor(name) for name in kept.keys()}  # noqa: SIM118
+                note = json.loads((kept.metadata() or {}).get(_NOTE, "{}"))
+                found = {name: kept.get_tensor(name) for name in kept.keys()}  # noqa: SIM118
         except SafetensorError:
             return None
-        if note["key"] != self.key:
+        if note.get("key") != self.key:
             raise MergeError(
                 f"{self.file} keeps what another merge has learned so far: other experts, runs or settings. Name "
                 "another folder, or delete the file."
             )
         return Step(
-            number=int(note["number"]),
-            loss=float(note["loss"]),
+            number=note["number"],
+            loss=note["loss"],
             table=found["table"],
             moments=(found["first"], found["second"]),
         )
@@ -165,7 +171,7 @@ class Bookmark:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         partial = self.file.with_name(f"{self.file.name}.partial")
         tensors = {"table": step.table, "first": step.moments[0], "second": step.moments[1]}
-        note = {"key": self.key, "number": str(step.number), "loss": repr(step.loss)}
+        note = {_NOTE: json.dumps({"key": self.key, "number": step.number, "loss": step.loss})}
         save_file({name: own.cpu().contiguous() for name, own in tensors.items()}, partial, metadata=note)
         partial.replace(self.file)
 

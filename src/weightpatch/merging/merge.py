@@ -43,7 +43,6 @@ class Prepared:
         self.merge.coefficients.save(folder / f"{COEFFICIENTS}.partial")
         (folder / f"{COEFFICIENTS}.partial").replace(folder / COEFFICIENTS)
         write_card(folder, self.merge, self.rule, self.resolved, self.experts)
-        (folder / LEARNING).unlink(missing_ok=True)
         return folder
 
 

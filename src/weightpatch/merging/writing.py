@@ -28,7 +28,7 @@ from weightpatch.residuals import keep_freed_buffers
 SHARD_BYTES = 4_000_000_000
 _NOTE = "merge.json"
 LEARNING = "merge.learning"
-"""What is learned so far, until the folder is done."""
+"""What is learned so far; it stays, so that a merge whose command is repeated is not learned again."""
 _ALLOWED = {LEARNING, f"{LEARNING}.partial"}
 
 
