@@ -13,7 +13,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from conftest import build_model
 from test_streaming import LINEAR, assert_same, in_memory, write_adapter
-from weightpatch import ModelPair
+from weightpatch import ModelPair, sources
 from weightpatch.checkpoint import find, load, read_config
 from weightpatch.merging.inputs import Inputs
 
@@ -75,6 +75,20 @@ def test_adapters_over_a_gguf_base_are_merged_over_the_base_that_was_converted(
     assert conversions == ["llama"]
     for name, parameter in whole.named_parameters():
         assert torch.equal(merged.theirs["other"].tensor(name), parameter)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=["lora", "dora"])
+def test_a_pair_with_an_adapter_reads_its_gguf_base_once(
+    options: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = in_memory(write_adapter(tmp_path, "llama-mha", target_modules=LINEAR, **options)).specialized
+    write_gguf(build_model("llama-mha", seed=1), tmp_path / "base.gguf")
+    read: list[str] = []
+    monkeypatch.setattr(sources, "load", lambda one, **how: (read.append(one.kind), load(one, **how))[1])
+    pair = ModelPair.from_pretrained(tmp_path / "base.gguf", tmp_path / "adapter", any_adapter_base=True)
+    assert read == ["gguf"]
+    for name, parameter in whole.named_parameters():
+        assert torch.equal(pair.specialized_weight(name), parameter)
 
 
 def test_the_header_of_a_gguf_file_is_parsed_once_until_the_file_changes(

@@ -90,7 +90,7 @@ def test_no_weight_is_read_before_the_pair_is_known_to_be_one(save: Save, monkey
     def read(*_args: object, **_options: object) -> None:
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr("weightpatch.pair.load", read)
+    monkeypatch.setattr("weightpatch.sources.load", read)
     assert "no pair" in refuse(PairError, save("base"), save("other", "gpt2"))
 
 

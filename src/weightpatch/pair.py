@@ -22,7 +22,6 @@ from weightpatch.checkpoint import (
     Checkpoint,
     DeviceMap,
     find,
-    load,
     read_adapter_config,
     read_config,
     read_dtype,
@@ -35,7 +34,7 @@ from weightpatch.derivation import Rows, adopt_row
 from weightpatch.errors import CheckpointError, PairError, PromptError
 from weightpatch.prompts import ContrastPrompts
 from weightpatch.proof import prove_row
-from weightpatch.sources import Source, open_source
+from weightpatch.sources import Source, open_beside
 from weightpatch.streaming import is_streamed, keep, materialized, pieces, streamed, weight
 
 _NOT_COMPUTATION = re.compile(
@@ -139,11 +138,13 @@ class ModelPair:
             any_adapter_base=any_adapter_base,
             prompts=prompts,
         )
-        as_dtype = read_dtype(dtype)
-        source = open_source(  # it may need a whole model's memory for a while, so it comes first
-            checked.specialized, base=checked.base, dtype=as_dtype, device_map=device_map, allow_pickle=allow_pickle
+        model, source = open_beside(
+            checked.specialized,
+            base=checked.base,
+            dtype=read_dtype(dtype),
+            device_map=device_map,
+            allow_pickle=allow_pickle,
         )
-        model = load(checked.base, dtype=as_dtype, device_map=device_map, allow_pickle=allow_pickle)
         if differences := _source_differences(model, source):
             raise _no_pair(str(base), str(specialized), differences)
         return cls(

@@ -186,6 +186,27 @@ def open_source(
     return _convert(load(checkpoint, dtype=dtype, device_map=device_map, allow_pickle=allow_pickle))
 
 
+def open_beside(
+    checkpoint: Checkpoint,
+    *,
+    base: Checkpoint,
+    dtype: torch.dtype,
+    device_map: DeviceMap | None = None,
+    allow_pickle: bool = False,
+) -> tuple[PreTrainedModel, Source]:
+    """Load the base, and make a checkpoint's weights readable one at a time; arguments and errors as `open_source`.
+
+    A source may need a whole model's memory for a while, so it is opened before the base is loaded; but an adapter over
+    a GGUF file after it, as reading such a file takes longer than all else, and once is enough.
+    """
+    how: dict[str, Any] = {"dtype": dtype, "device_map": device_map, "allow_pickle": allow_pickle}
+    if checkpoint.kind == "adapter" and base.kind == "gguf":
+        model = load(base, **how)
+        return model, open_source(checkpoint, base=base, below=_convert(model), **how)
+    source = open_source(checkpoint, base=base, **how)
+    return load(base, **how), source
+
+
 def _open_files(checkpoint: Checkpoint, *, allow_pickle: bool, keep_open: bool = True) -> FileSource | None:
     """Read a checkpoint where it lies; None where its tensors are not simply the model's parameters."""
     files = weight_files(checkpoint, allow_pickle=allow_pickle)
@@ -348,7 +369,7 @@ def _touched(adapted: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]] | N
 def _convert(whole: PreTrainedModel) -> FileSource:
     """Write a model to a temporary folder, one file to a layer, to be read from there. The folder goes with the source.
 
-    The caller should hold no other reference to the model, so that it is let go here.
+    Unless the caller holds another reference to the model, it is let go here.
     """
     folder = Path(tempfile.mkdtemp(prefix="weightpatch-"))
     try:
