@@ -50,6 +50,16 @@ def test_an_expert_is_written_as_checkpoint_run_and_weight(
     assert Expert.parse(text) == Expert(specialized=specialized, run=Path(run) if run else None, weight=weight)
 
 
+def test_a_path_with_an_equals_sign_is_a_checkpoint_where_it_is_there_and_a_run_where_one_is(
+    experts: dict[str, Expert], tmp_path: Path
+) -> None:
+    folder, run = tmp_path / "lr=3" / "step", tmp_path / "run=2"
+    folder.mkdir(parents=True)
+    assert Expert.parse(f"{folder}:0.5") == Expert(specialized=str(folder), weight=0.5)
+    run.symlink_to(next(iter(experts.values())).run or "")
+    assert Expert.parse(f"{folder}={run}") == Expert(specialized=str(folder), run=run)
+
+
 @pytest.mark.parametrize("text", ["", "=run", "model=", ":0.5"])
 def test_what_is_no_expert_is_refused_with_the_form_it_should_have(text: str) -> None:
     with pytest.raises(MergeError, match="SPECIALIZED=RUN"):

@@ -245,6 +245,28 @@ def test_overlapping_components_are_refused(inputs: Inputs) -> None:
             Coefficients.by_component(inputs.architecture, weights, rest=rest)
 
 
+@pytest.mark.parametrize("pair", ["L0.mlp L0.E0.N1", "L0.E0 L0.E0.N1", "L0.E2.N3 L0", "L0.E1 L0.mlp"])
+def test_overlapping_components_of_a_mixture_are_refused(pair: str) -> None:
+    weights = {"one": {Component.parse(address): 1.0 for address in pair.split()}}
+    architecture = Architecture.of(build_model("mixtral", seed=0))
+    with pytest.raises(MergeError, match=r"own the same weights|the other way"):
+        Coefficients.by_component(architecture, weights, rest={"one": 0.0})
+
+
+def test_a_whole_expert_of_a_mixture_and_a_neuron_of_another_one_keep_their_coefficients() -> None:
+    architecture = Architecture.of(build_model("mixtral", seed=0))
+    weights = {"one": {Component.parse("L0.E0"): 0.5, Component.parse("L0.E1.N2"): 0.75}}
+    found = Coefficients.by_component(architecture, weights, rest={"one": 0.25}).tensors
+    for name in (f"model.layers.0.mlp.experts.{kind}_proj" for kind in ("gate_up", "down")):
+        dense = torch.full(architecture.parameters[name], 0.25)
+        for component, weight in weights["one"].items():
+            for piece in slices(architecture, component):
+                if piece.parameter == name:
+                    piece.of(dense).fill_(weight)
+        assert torch.equal(found[name][0].expand_as(dense), dense)
+        assert {0.25, 0.5, 0.75} == set(dense.unique().tolist())
+
+
 def test_a_file_that_holds_no_coefficients_is_refused_in_words(inputs: Inputs, tmp_path: Path) -> None:
     (tmp_path / "text").write_text("no")
     with pytest.raises(MergeError, match="cannot read coefficients"):

@@ -45,7 +45,7 @@ def test_restored_streams_and_outputs_restore_held_out_anchors_that_they_were_no
     assert sum((one.after - 1) ** 2 for one in found) < sum((one.before - 1) ** 2 for one in found)
 
 
-@pytest.mark.parametrize("changed", [{"n_steps": 2}, {"learning_rate": 0.01}, {"penalty": 50.0}])
+@pytest.mark.parametrize("changed", [{"n_steps": 2}, {"stop_at": 4}, {"learning_rate": 0.01}, {"penalty": 50.0}])
 def test_every_setting_of_learning_changes_coefficients(
     experts: dict[str, Expert], learned: Resolved, changed: dict[str, float]
 ) -> None:
@@ -102,8 +102,9 @@ def test_learning_goes_on_behind_its_last_step_ends_with_the_same_bytes_and_is_n
         merge(BASE, every, tmp_path / "stopped", rule=rule, any_adapter_base=True, on_step=stop)
     assert [file.name for file in (tmp_path / "stopped").iterdir()] == [LEARNING]
     changed = replace(rule, training=Training(n_steps=5))
-    with pytest.raises(MergeError, match="another merge has learned so far"):
-        merge(BASE, every, tmp_path / "stopped", rule=changed, any_adapter_base=True)
+    for other in (changed, replace(rule, units="mlps,attns")):  # as many components, in another order
+        with pytest.raises(MergeError, match="another merge has learned so far"):
+            merge(BASE, every, tmp_path / "stopped", rule=other, any_adapter_base=True)
     steps: list[int] = []
     for name in ("stopped", "whole", "whole"):
         merge(
@@ -202,5 +203,8 @@ def test_learning_finds_the_coefficients_that_were_used() -> None:
     found = list(learn(blend, [loss], begin, Training(n_steps=200, penalty=0.0)))
     torch.testing.assert_close(found[-1].table, hidden, atol=0.02, rtol=0)
     assert found[0].loss == float(loss(blend.weights(begin))) > found[-1].loss
+    early = list(learn(blend, [loss], begin, Training(n_steps=200, stop_at=50, penalty=0.0)))
+    assert len(early) == 50
+    assert torch.equal(early[-1].table, found[49].table)
     near = list(learn(blend, [loss], begin, Training(n_steps=200, penalty=1e6)))
     torch.testing.assert_close(near[-1].table, begin, atol=0.02, rtol=0)

@@ -85,7 +85,7 @@ def test_overlap_counts_what_both_bring() -> None:
 def test_settings_that_mean_nothing_are_refused(scores: dict[str, dict[Component, float]]) -> None:
     for settings, message in (
         ({"policy": "best"}, "unknown policy 'best'"),
-        ({"policy": "soft", "temperature": 0.0}, "temperature 0.0 has to be above 0"),
+        ({"policy": "soft", "temperature": 0.0}, "temperature 0.0 gives no coefficients"),
         ({"policy": "top", "share": 1.5}, "share 1.5 is no part"),
     ):
         with pytest.raises(MergeError, match=message):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
@@ -11,6 +12,9 @@ from torch import Tensor
 
 from weightpatch.errors import MergeError
 from weightpatch.merging.combining import METHODS, Method, combine, seeded_draw
+from weightpatch.merging.experts import Expert
+from weightpatch.merging.learning import Training
+from weightpatch.merging.resolving import Rule
 from weightpatch.merging.sparsifying import Draw, Sparsifier, sparsify
 
 ROWS, COLUMNS, N_EXPERTS = 24, 40, 3
@@ -243,7 +247,7 @@ def settings() -> Iterator[tuple[str, Method]]:
         yield f"{name} average", replace(method, average="all" if method.average != "all" else "none")
         yield f"{name} election", replace(method, election="none" if method.election == "weighted" else "weighted")
         if how.kind != "none":
-            yield f"{name} density", replace(method, sparsifier=replace(how, density=how.density - 0.04, epsilon=0.1))
+            yield f"{name} density", replace(method, sparsifier=replace(how, density=how.density - 0.04))
             rescale = "l1" if how.rescale != "l1" else "none"
             yield f"{name} rescale", replace(method, sparsifier=replace(how, rescale=rescale))
         if how.kind == "magprune":
@@ -278,6 +282,15 @@ def test_every_setting_of_every_method_changes_what_comes_out(
         (lambda: Sparsifier(kind="trim", rescale="inverse"), "keeps nothing at random"),
         (lambda: Sparsifier(kind="breadcrumbs", gamma=1), "no share of outliers"),
         (lambda: Method(election="loudest"), "unknown election 'loudest'"),  # type: ignore[arg-type]
+        (lambda: Method(scale=math.nan), "scale nan is no number"),
+        (lambda: Training(n_steps=-1), "n_steps -1 of learning"),
+        (lambda: Training(n_steps=5, stop_at=6), "stop_at 6 of learning is none of its 5 steps"),
+        (lambda: Training(learning_rate=0), "learning_rate 0 of learning.*above 0"),
+        (lambda: Training(penalty=math.nan), "penalty nan of learning"),
+        (lambda: Training(answer_tokens=-1), "answer_tokens -1 of learning"),
+        (lambda: Expert(specialized="a", weight=math.inf), "weight inf of a is no number"),
+        (lambda: Rule(temperature=math.nan), "temperature nan"),
+        (lambda: Rule(share=1.5), "share 1.5"),
         (lambda: Method(average="median"), "unknown average 'median'"),  # type: ignore[arg-type]
     ],
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from weightpatch.cli_options import AllowPickle, AnyAdapterBase, AsJson, Base, DeviceMap, quiet
+from weightpatch.cli_options import AllowPickle, AnyAdapterBase, ArchitectureRow, AsJson, Base, DeviceMap, quiet
 from weightpatch.errors import MergeError
 from weightpatch.terminal import counting, print_json, print_table, status
 
@@ -57,6 +57,9 @@ def merge(
         float | None, typer.Option(help="Of top: the share of each unit that an expert brings, 0.3.")
     ] = None,
     steps: Annotated[int | None, typer.Option(min=0, help="Of what is learned: steps of learning, 80.")] = None,
+    stop_at: Annotated[
+        int | None, typer.Option(min=0, help="Of what is learned: the step to stop behind, the last one.")
+    ] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Of what is learned: 0.05.")] = None,
     penalty: Annotated[
         float | None, typer.Option(help="Of what is learned: for leaving the weights given, 0.1.")
@@ -102,15 +105,15 @@ def merge(
     device_map: DeviceMap = None,
     allow_pickle: AllowPickle = False,
     any_adapter_base: AnyAdapterBase = False,
+    architecture: ArchitectureRow = "table",
     as_json: AsJson = False,
 ) -> None:
     """Merge experts of one base, each by the components that its run says it needs."""
-    if out is None and not (plan or emit_mergekit or save_coefficients):
-        raise MergeError("nothing to do: name a folder (--out DIR), or ask for the --plan.")
-    if plan and out is not None:
-        raise MergeError("--plan writes no model, so --out would stay empty. Leave one of the two out.")
+    _check_outputs(out, plan=plan, others=[one for one in (emit_mergekit, save_coefficients) if one])
     quiet()
-    from weightpatch.checkpoint import read_dtype
+    from weightpatch.checkpoint import find, read_dtype
+    from weightpatch.merging.experts import Expert
+    from weightpatch.merging.exporting import check_exportable
     from weightpatch.merging.learning import Training
     from weightpatch.merging.merge import prepare
     from weightpatch.merging.resolving import Rule
@@ -119,7 +122,13 @@ def merge(
     if out is not None:
         check_free(out)
     learning = _given(
-        {"n_steps": steps, "learning_rate": learning_rate, "penalty": penalty, "answer_tokens": answer_tokens}
+        {
+            "n_steps": steps,
+            "stop_at": stop_at,
+            "learning_rate": learning_rate,
+            "penalty": penalty,
+            "answer_tokens": answer_tokens,
+        }
     )
     ways = _given({"units": units, "rest": rest, "temperature": temperature, "share": share})
     rule = None
@@ -135,6 +144,8 @@ def merge(
         {"scale": scale, "election": election, "average": average},
         {"density": density, "gamma": gamma, "epsilon": epsilon, "rescale": rescale, "over": over},
     )
+    if emit_mergekit:
+        check_exportable([find(base), *(find(Expert.parse(one).specialized) for one in expert)], how)
     with _preparing(rule) as on_step:
         prepared = prepare(
             base,
@@ -148,9 +159,11 @@ def merge(
             device_map=device_map,
             allow_pickle=allow_pickle,
             any_adapter_base=any_adapter_base,
+            architecture=architecture,
             bookmark=out / LEARNING if out else None,
             on_step=on_step,
         )
+    _print_doubts(prepared)
     if save_coefficients:
         prepared.resolved.coefficients.save(save_coefficients)
     if emit_mergekit:
@@ -170,7 +183,7 @@ def merge(
         print(f"merged: {out}")
 
 
-_LEARNING = ("n_steps", "learning_rate", "penalty")
+_LEARNING = ("n_steps", "stop_at", "learning_rate", "penalty")
 _USED_BY = {
     "uniform": (),
     "soft": ("units", "rest", "temperature"),
@@ -191,6 +204,22 @@ _THINNING_USED_BY = {
 """Kind of sparsifier -> settings that it reads."""
 
 
+def _check_outputs(out: Path | None, *, plan: bool, others: Sequence[Path]) -> None:
+    if out is None and not (plan or others):
+        raise MergeError("nothing to do: name a folder (--out DIR), or ask for the --plan.")
+    if plan and out is not None:
+        raise MergeError("--plan writes no model, so --out would stay empty. Leave one of the two out.")
+    for file in others:
+        if not file.parent.is_dir() or file.is_dir():
+            raise MergeError(f"{file} cannot be written: {file.parent} has to be a folder that is there, {file} none.")
+
+
+def _print_doubts(prepared: Prepared) -> None:
+    for name, own in prepared.resolved.doubts.items():
+        for task, why in own.items():
+            print(f"note: {name}, {task}: {why}", file=sys.stderr)
+
+
 @contextmanager
 def _preparing(rule: Rule | None) -> Iterator[Callable[[Step], None] | None]:
     """Show what goes on until coefficients are known."""
@@ -198,7 +227,7 @@ def _preparing(rule: Rule | None) -> Iterator[Callable[[Step], None] | None]:
         with status("reading experts and their runs"):
             yield None
         return
-    with counting("steps of learning", rule.training.n_steps) as on_done:
+    with counting("steps of learning", rule.training.n_taken) as on_done:
         yield lambda step: on_done(step.number)
 
 

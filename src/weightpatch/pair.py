@@ -7,9 +7,9 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -32,6 +32,7 @@ from weightpatch.checkpoint import (
 )
 from weightpatch.derivation import Rows, adopt_row
 from weightpatch.errors import CheckpointError, PairError, PromptError
+from weightpatch.files import fingerprint
 from weightpatch.prompts import ContrastPrompts
 from weightpatch.proof import prove_row
 from weightpatch.sources import Source, open_beside
@@ -67,6 +68,7 @@ class ModelPair:
         tokenizer: For prompts that are text; None when all prompts are token ids.
         base_name: Where the base came from, for the record.
         specialized_name: Where the specialized model came from.
+        fingerprints: Of the files of `base` and `specialized` (`files.fingerprint`); empty for modules in memory.
 
     Raises:
         PairError: they are no pair, every difference listed; or they hold the same weights.
@@ -79,6 +81,7 @@ class ModelPair:
     tokenizer: PreTrainedTokenizerBase | None = None
     base_name: str = "base"
     specialized_name: str = "specialized"
+    fingerprints: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if isinstance(self.base, PreTrainedModel):
@@ -153,6 +156,10 @@ class ModelPair:
             tokenizer=checked.tokenizer,
             base_name=str(base),
             specialized_name=str(specialized),
+            fingerprints={
+                "base": fingerprint(checked.base.path),
+                "specialized": fingerprint(checked.specialized.path),
+            },
         )
 
     @cached_property

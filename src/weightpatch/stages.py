@@ -64,6 +64,7 @@ def start(config: RunConfig, pair: ModelPair, prompts: ContrastPrompts, out: str
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "config": config.model_dump(mode="json"),
         "digests": digests,
+        "fingerprints": dict(pair.fingerprints),
         "batch_tokens": config.batch_tokens or tokens_per_call(pair.base),
         "tasks": list(prompts.tasks),
         "architecture": {

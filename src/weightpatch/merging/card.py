@@ -52,6 +52,9 @@ def _lines(merge: Merge, rule: Rule | None, resolved: Resolved, experts: Mapping
     yield f"- tensors with coefficients by row or column: {fine} of {len(resolved.coefficients.tensors)}"
     if merge.chat_template()[1]:
         yield "- chat template: the base's; those of the experts differ, so prompts may not be what each was trained on"
+    for name, own in resolved.doubts.items():
+        for task, why in own.items():
+            yield f"- {name}, {task}: {why}"
     if resolved.restored:
         yield from ("", "## Anchors", "")
         yield "Share of each expert's gap that the merge restores, on prompts that coefficients were not learned from:"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from weightpatch.architecture import Architecture
-from weightpatch.component import Component, slices
+from weightpatch.component import Component, Slice, slices
 from weightpatch.errors import MergeError
 
 FORMAT = "weightpatch.coefficients/1"
@@ -92,13 +92,16 @@ class Coefficients:
         )
 
     def save(self, file: str | Path) -> None:
-        """Write to a safetensors file: `expert/parameter` -> coefficient."""
+        """Write to a safetensors file, whole or not at all: `expert/parameter` -> coefficient."""
         tensors = {
             f"{expert}/{name}": own.clone(memory_format=torch.contiguous_format)
             for name, every in self.tensors.items()
             for expert, own in zip(self.experts, every, strict=True)
         }
-        save_file(tensors, file, metadata={FORMAT: json.dumps(self.experts)})  # one entry: several have no order
+        file = Path(file)
+        partial = file.with_name(f"{file.name}.partial")
+        save_file(tensors, partial, metadata={FORMAT: json.dumps(self.experts)})  # one entry: several have no order
+        partial.replace(file)
 
     @classmethod
     def load(cls, file: str | Path) -> Coefficients:
@@ -113,8 +116,8 @@ class Coefficients:
                 if FORMAT not in metadata:
                     raise MergeError(f"{file} holds no coefficients of a merge: no {FORMAT} in its metadata.")
                 experts = tuple(json.loads(metadata[FORMAT]))
-                found = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError, ValueError, KeyError) as error:
+                found = {name: stored.get_tensor(name).float() for name in stored.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
             raise MergeError(f"cannot read coefficients from {file} ({error}). Make them again.") from error
         names = list(dict.fromkeys(name.partition("/")[2] for name in found))
         if missing := [f"{one}/{name}" for name in names for one in experts if f"{one}/{name}" not in found]:
@@ -126,16 +129,20 @@ class Coefficients:
 
 def _of_expert(architecture: Architecture, weights: Mapping[Component, float], rest: float) -> dict[str, Tensor]:
     """Parameter -> coefficient of one expert."""
-    marks: dict[str, dict[int | None, _Cut]] = {}
-    for component, weight in weights.items():
+    owned: dict[str, list[tuple[Slice, Component]]] = {}
+    for component in weights:
         for piece in slices(architecture, component):
-            shape = architecture.parameters[piece.parameter]
-            matrix = shape if piece.expert is None else shape[1:]
-            cut = marks.setdefault(piece.parameter, {}).setdefault(piece.expert, _Cut.empty(piece.axis, matrix))
-            cut.mark(range(piece.start, piece.stop), piece.axis, weight, component)
+            owned.setdefault(piece.parameter, []).append((piece, component))
     found: dict[str, Tensor] = {}
     for name, shape in architecture.parameters.items():
-        cuts = marks.get(name)
+        pieces = owned.get(name, [])
+        if any(piece.expert is not None for piece, _ in pieces):
+            pieces = [(part, component) for piece, component in pieces for part in _by_matrix(piece, shape)]
+        cuts: dict[int | None, _Cut] = {}
+        for piece, component in pieces:
+            matrix = shape if piece.expert is None else shape[1:]
+            cut = cuts.setdefault(piece.expert, _Cut.empty(piece.axis, matrix))
+            cut.mark(range(piece.start, piece.stop), piece.axis, weights[component], component)
         if not cuts:
             found[name] = torch.tensor(float(rest))
         elif None in cuts:
@@ -143,6 +150,18 @@ def _of_expert(architecture: Architecture, weights: Mapping[Component, float], r
         else:
             found[name] = _stacked([cuts.get(number) for number in range(shape[0])], rest)
     return found
+
+
+def _by_matrix(piece: Slice, shape: Sequence[int]) -> Iterator[Slice]:
+    """A part of a parameter that stacks the matrices of a mixture's experts, matrix by matrix."""
+    if piece.expert is not None:
+        yield piece
+    elif piece.axis == 0:
+        for number in range(piece.start, piece.stop):
+            yield replace(piece, stop=shape[1], start=0, expert=number)
+    else:
+        for number in range(shape[0]):
+            yield replace(piece, axis=piece.axis - 1, expert=number)
 
 
 def _stacked(cuts: Sequence[_Cut | None], rest: float) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -40,11 +41,13 @@ class Method:
     scale: float = 1.0
 
     def __post_init__(self) -> None:
-        """Check the names.
+        """Check names and scale.
 
         Raises:
-            MergeError: an unknown one.
+            MergeError: an unknown name, or a scale that is no number.
         """
+        if not math.isfinite(self.scale):
+            raise MergeError(f"scale {self.scale} is no number to multiply by. Give one such as 0.7.")
         for name, value, known in (("election", self.election, Election), ("average", self.average, Average)):
             if value not in get_args(known):
                 raise MergeError(f"unknown {name} {value!r} of a merge. Choose one of {', '.join(get_args(known))}.")
@@ -113,7 +116,7 @@ def combine(
             left = thin([change], [coefficient], method, draws=[draw], thresholds=[threshold])[0]
             total.addcmul_(left, coefficient.to(left.dtype))
         if method.average == "all":
-            total /= _divisor(sum((one.expand_as(base) for one in coefficients), torch.zeros_like(base)))
+            total /= _all(coefficients, base)
         return total.mul_(method.scale).add_(base)
     thinned = thin(changes, coefficients, method, draws=draws, thresholds=thresholds)
     parts = [coefficient * left for coefficient, left in zip(coefficients, thinned, strict=True)]
@@ -125,14 +128,16 @@ def combine(
         parts = [part * (vote.sign() == elected) for part, vote in zip(parts, votes, strict=True)]
     total = sum(parts, torch.zeros_like(base))
     if method.average == "all":
-        total = total / _divisor(sum((one.expand_as(base) for one in coefficients), torch.zeros_like(base)))
+        total = total / _all(coefficients, base)
     elif method.average == "kept":
         divisor = sum((c * (part != 0) for c, part in zip(coefficients, parts, strict=True)), torch.zeros_like(base))
         total = total / torch.where(divisor == 0, 1.0, divisor)
     return base + method.scale * total
 
 
-def _divisor(total: Tensor) -> Tensor:
+def _all(coefficients: Sequence[Tensor], base: Tensor) -> Tensor:
+    """The sum of all coefficients, entry by entry; 1 where it is nothing that could be divided by."""
+    total = sum((one.expand_as(base) for one in coefficients), torch.zeros_like(base))
     return torch.where(total.abs() < _LEAST, 1.0, total)
 
 

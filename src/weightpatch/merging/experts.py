@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
@@ -32,9 +33,21 @@ class Expert:
     run: Path | None = None
     weight: float = 1.0
 
+    def __post_init__(self) -> None:
+        """Check the weight.
+
+        Raises:
+            MergeError: it is no number.
+        """
+        if not math.isfinite(self.weight):
+            raise MergeError(f"weight {self.weight} of {self.specialized} is no number to multiply by.")
+
     @classmethod
     def parse(cls, text: str) -> Expert:
         """Read `SPECIALIZED[=RUN][:weight]`.
+
+        Of several `=` the last one counts after which there is a run, or the last one; none counts in the path of a
+        checkpoint that is there.
 
         Raises:
             MergeError: no checkpoint in it.
@@ -43,14 +56,23 @@ class Expert:
             r"(?P<whole>.*?)(?::(?P<weight>[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?))?", text.strip(), re.DOTALL
         )
         whole = found["whole"] if found else ""
-        specialized, _, run = whole.rpartition("=") if "=" in whole else (whole, "", "")
-        if not found or not specialized or ("=" in whole and not run):
+        specialized, run = _split(whole)
+        if not found or not specialized or run == "":
             raise MergeError(f"cannot read the expert {text!r}. Write SPECIALIZED=RUN or SPECIALIZED=RUN:0.7")
         return cls(
             specialized=specialized,
-            run=Path(run) if run else None,
+            run=None if run is None else Path(run),
             weight=float(found["weight"]) if found["weight"] else 1.0,
         )
+
+
+def _split(text: str) -> tuple[str, str | None]:
+    """Checkpoint and run of `SPECIALIZED[=RUN]`."""
+    parts = text.split("=")
+    ways = [("=".join(parts[:place]), "=".join(parts[place:])) for place in range(len(parts) - 1, 0, -1)]
+    if not ways or Path(text).expanduser().exists():
+        return text, None
+    return next((way for way in ways if (Path(way[1]).expanduser() / "manifest.json").is_file()), ways[0])
 
 
 def named(experts: Sequence[Expert]) -> dict[str, Expert]:
@@ -72,11 +94,17 @@ def named(experts: Sequence[Expert]) -> dict[str, Expert]:
     return found
 
 
-def open_run(name: str, expert: Expert, base: str) -> Run:
+def open_run(name: str, expert: Expert, base: str, fingerprints: Mapping[str, str]) -> Run:
     """The run of an expert.
 
+    Args:
+        name: Of the expert.
+        expert: The expert.
+        base: As the merge names it.
+        fingerprints: Of the files of `base` and of `expert NAME`, as they are now.
+
     Raises:
-        MergeError: none was named, or it is one of other models.
+        MergeError: none was named, or it is one of other models, or of other weights than these have now.
         RunError: no run can be read there.
     """
     if expert.run is None:
@@ -95,6 +123,13 @@ def open_run(name: str, expert: Expert, base: str) -> Run:
             raise MergeError(
                 f"{expert.run} is a run with the {side} {then!r}; the merge has {now!r}. Name the run of this very "
                 "expert, or the models as the run names them."
+            )
+    then = run.manifest.get("fingerprints", {})  # none of a run of modules in memory
+    for side, reference, key in (("base", base, "base"), ("specialized", expert.specialized, f"expert {name}")):
+        if side in then and then[side] != fingerprints[key]:
+            raise MergeError(
+                f"{expert.run} is a run of other weights than {reference} holds now. Make it again (weightpatch run "
+                f"{base} {expert.specialized} --out RUN), or name the very files that it was made with."
             )
     return run
 
@@ -121,17 +156,46 @@ def measured(run: Run) -> dict[str, Effects]:
     """Task -> effects, of the tasks of a run that have some.
 
     Raises:
-        MergeError: none.
+        MergeError: none, or not all that were planned.
     """
     found: dict[str, Effects] = {}
     reasons = []
     for task in run.tasks:
         try:
             found[task] = run.effects(task)
-        except RunError as error:
+            n_missing = run.n_missing(task)
+        except (AnchorError, RunError) as error:
             reasons.append(str(error))
+            continue
+        if n_missing:
+            raise MergeError(
+                f"{run.path} is measured in part: {n_missing} components of {task} have no effects yet, so ranks would "
+                f"be those of the others. Go on: weightpatch localize {run.path}"
+            )
     if not found:
         raise MergeError(f"{run.path} has no effects of any task: {'; '.join(reasons)}")
+    return found
+
+
+def doubts_of(run: Run, *, learned: bool) -> dict[str, str]:
+    """Task of a run that has no part in a merge, or a doubtful one -> why.
+
+    Args:
+        run: Of an expert.
+        learned: Coefficients are learned, for which anchors are needed; otherwise effects are.
+    """
+    found: dict[str, str] = {}
+    for task in run.tasks:
+        try:
+            anchor = run.anchor(task)
+            if not learned:
+                run.effects(task)
+        except (AnchorError, RunError) as error:
+            found[task] = f"left out: {error}"
+            continue
+        if anchor.report is not None and not anchor.report.stable:
+            failed = ", ".join(gate.name for gate in anchor.report.gates if not gate.passed)
+            found[task] = f"counts, but its anchor is unstable: it failed {failed}"
     return found
 
 

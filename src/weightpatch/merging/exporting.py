@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import yaml
@@ -24,6 +25,20 @@ _OURS_IN_THEIRS = {
 """Name of a method here -> in mergekit."""
 
 
+def check_exportable(checkpoints: Iterable[Checkpoint], method: Method) -> None:
+    """Check that mergekit could merge these checkpoints by this method.
+
+    Raises:
+        MergeError: a method that mergekit does not have, or a file that it cannot read.
+    """
+    _in_mergekit(method)
+    if unread := [one.reference for one in checkpoints if one.kind == "gguf"]:
+        raise MergeError(
+            f"mergekit cannot read {', '.join(unread)}: GGUF files. Write them as folders of safetensors first "
+            "(AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file=NAME).save_pretrained(...)) and merge those."
+        )
+
+
 def mergekit_recipe(merge: Merge) -> tuple[str, tuple[str, ...]]:
     """A YAML recipe that names every tensor exactly and ends in a default of 0.
 
@@ -39,12 +54,8 @@ def mergekit_recipe(merge: Merge) -> tuple[str, tuple[str, ...]]:
     Raises:
         MergeError: a method that mergekit does not have, or a file that it cannot read.
     """
+    check_exportable([merge.inputs.base, *merge.inputs.experts.values()], merge.method)
     kind, settings = _in_mergekit(merge.method)
-    if unread := [one.reference for one in (merge.inputs.base, *merge.inputs.experts.values()) if one.kind == "gguf"]:
-        raise MergeError(
-            f"mergekit cannot read {', '.join(unread)}: GGUF files. Write them as folders of safetensors first "
-            "(AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file=NAME).save_pretrained(...)) and merge those."
-        )
     experts = []
     for place, checkpoint in enumerate(merge.inputs.experts.values()):
         filters: list[dict[str, Any]] = [

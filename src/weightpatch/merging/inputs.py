@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from weightpatch.architecture import Architecture, skeleton
 from weightpatch.checkpoint import Checkpoint, DeviceMap, find, load
+from weightpatch.derivation import Rows
 from weightpatch.errors import MergeError
 from weightpatch.files import fingerprint
 from weightpatch.pair import Known, ModelPair, check_pair
@@ -52,6 +53,7 @@ class Inputs:
         *,
         allow_pickle: bool = False,
         any_adapter_base: bool = False,
+        architecture: Rows = "table",
         device_map: DeviceMap | None = None,
     ) -> Inputs:
         """Find everything and check each expert against the base as a pair, before any weight is read.
@@ -61,6 +63,7 @@ class Inputs:
             experts: Name -> hub id, folder, GGUF file, or PEFT adapter folder over the base.
             allow_pickle: Read pickled weights too.
             any_adapter_base: Take adapters that name another base.
+            architecture: `"auto"` derives a row where the table knows none for the model's family.
             device_map: As in transformers: where the base is loaded when something is learned.
 
         Raises:
@@ -73,7 +76,9 @@ class Inputs:
         below = find(base)
         known = Known(checkpoint=below)
         checked = {
-            name: check_pair(known, one, allow_pickle=allow_pickle, any_adapter_base=any_adapter_base)
+            name: check_pair(
+                known, one, architecture=architecture, allow_pickle=allow_pickle, any_adapter_base=any_adapter_base
+            )
             for name, one in experts.items()
         }
         found = {name: own.specialized for name, own in checked.items()}
@@ -117,9 +122,10 @@ class Inputs:
         """A parameter of the base, float32."""
         return self.ours.tensor(name).float()
 
-    def change(self, expert: str, name: str) -> Tensor:
-        """What an expert has more than the base in a parameter, float32."""
-        return self.theirs[expert].tensor(name).float() - self.weights(name)
+    def change(self, expert: str, name: str, *, base: Tensor | None = None) -> Tensor:
+        """What an expert has more than the base in a parameter, float32; `base`: its weights, where they are known."""
+        own = self.theirs[expert].tensor(name).to(torch.float32, copy=True)
+        return own.sub_(self.weights(name) if base is None else base)
 
 
 def versions() -> dict[str, str]:

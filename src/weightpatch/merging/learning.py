@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,7 +95,8 @@ class Training:
     """How coefficients are learned.
 
     Attributes:
-        n_steps: Steps of Adam.
+        n_steps: Steps of Adam that the learning rate falls along.
+        stop_at: The step to stop behind; None: the last one.
         learning_rate: Of the coefficients; falls to a tenth along a line.
         penalty: What the mean squared distance from where they start is multiplied by.
         answer_tokens: Most tokens of every expert's own answer that whole states are restored along; 0: they are
@@ -102,9 +104,28 @@ class Training:
     """
 
     n_steps: int = 80
+    stop_at: int | None = None
     learning_rate: float = 0.05
     penalty: float = 0.1
     answer_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the numbers.
+
+        Raises:
+            MergeError: one out of range.
+        """
+        for name in ("n_steps", "learning_rate", "penalty", "answer_tokens"):
+            value, least = getattr(self, name), "above 0" if name == "learning_rate" else "of 0 or more"
+            if not (0 <= value < math.inf) or (value == 0 and name == "learning_rate"):
+                raise MergeError(f"{name} {value} of learning is out of range. Give a number {least}.")
+        if self.stop_at is not None and not 0 <= self.stop_at <= self.n_steps:
+            raise MergeError(f"stop_at {self.stop_at} of learning is none of its {self.n_steps} steps.")
+
+    @property
+    def n_taken(self) -> int:
+        """Steps that are taken."""
+        return self.n_steps if self.stop_at is None else self.stop_at
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -150,11 +171,11 @@ class Bookmark:
             return None
         try:
             with safe_open(self.file, framework="pt") as kept:
-                note = json.loads((kept.metadata() or {}).get(_NOTE, "{}"))
+                note = json.loads((kept.metadata() or {})[_NOTE])
                 found = {name: kept.get_tensor(name) for name in kept.keys()}  # noqa: SIM118
-        except SafetensorError:
+        except (SafetensorError, ValueError, KeyError):  # damaged: as if there were none
             return None
-        if note.get("key") != self.key:
+        if note["key"] != self.key:
             raise MergeError(
                 f"{self.file} keeps what another merge has learned so far: other experts, runs or settings. Name "
                 "another folder, or delete the file."
@@ -200,7 +221,7 @@ def learn(
     if behind is not None:
         means = dict(zip(_MOMENTS, (own.to(start.device) for own in behind.moments), strict=True))
         optimizer.state[learned] = {"step": torch.tensor(float(behind.number)), **means}
-    for step in range(behind.number if behind else 0, training.n_steps):
+    for step in range(behind.number if behind else 0, training.n_taken):
         for group in optimizer.param_groups:
             group["lr"] = training.learning_rate * (1 - 0.9 * step / training.n_steps)
         merged = blend.weights(torch.cat([learned, start[:, -1:]], dim=1))

@@ -10,11 +10,12 @@ from typing import get_args
 import torch
 
 from weightpatch.checkpoint import DeviceMap
+from weightpatch.derivation import Rows
 from weightpatch.errors import MergeError
 from weightpatch.merging.card import write_card
 from weightpatch.merging.coefficients import Coefficients
 from weightpatch.merging.combining import Method, method_of
-from weightpatch.merging.experts import Expert, named
+from weightpatch.merging.experts import Expert, named, open_run
 from weightpatch.merging.inputs import Inputs
 from weightpatch.merging.learning import Step
 from weightpatch.merging.resolving import Learned, Resolved, Rule, resolve
@@ -40,8 +41,7 @@ class Prepared:
     def write(self, out: str | Path, *, on_parameter: Callable[[int, int], None] | None = None) -> Path:
         """Write the folder, its model card and its coefficients; see `Merge.write`."""
         folder = self.merge.write(out, on_parameter=on_parameter)
-        self.merge.coefficients.save(folder / f"{COEFFICIENTS}.partial")
-        (folder / f"{COEFFICIENTS}.partial").replace(folder / COEFFICIENTS)
+        self.merge.coefficients.save(folder / COEFFICIENTS)
         write_card(folder, self.merge, self.rule, self.resolved, self.experts)
         return folder
 
@@ -62,6 +62,7 @@ def prepare(
     shard_bytes: int = SHARD_BYTES,
     allow_pickle: bool = False,
     any_adapter_base: bool = False,
+    architecture: Rows = "table",
     device_map: DeviceMap | None = None,
     bookmark: Path | None = None,
     on_step: Callable[[Step], None] | None = None,
@@ -89,8 +90,13 @@ def prepare(
         {name: one.specialized for name, one in found.items()},
         allow_pickle=allow_pickle,
         any_adapter_base=any_adapter_base,
+        architecture=architecture,
         device_map=device_map,
     )
+    prints = inputs.fingerprints()
+    for name, one in found.items():
+        if one.run is not None:  # the model card tells of it even where nothing of it is needed
+            open_run(name, one, inputs.base.reference, prints)
     if coefficients is not None:
         given = coefficients if isinstance(coefficients, Coefficients) else Coefficients.load(coefficients)
         resolved = Resolved(coefficients=given)
@@ -120,6 +126,7 @@ def merge(
     shard_bytes: int = SHARD_BYTES,
     allow_pickle: bool = False,
     any_adapter_base: bool = False,
+    architecture: Rows = "table",
     device_map: DeviceMap | None = None,
     on_step: Callable[[Step], None] | None = None,
 ) -> Path:
@@ -137,6 +144,7 @@ def merge(
         shard_bytes: Of one file of weights, at most.
         allow_pickle: Read pickled weights too.
         any_adapter_base: Take adapters that name another base.
+        architecture: `"auto"` derives a row, as `ModelPair.from_pretrained` does, where none is known.
         device_map: As in transformers: where models are run when coefficients are learned; the rest goes on the CPU.
         on_step: Called with every step where coefficients are learned.
 
@@ -159,6 +167,7 @@ def merge(
         shard_bytes=shard_bytes,
         allow_pickle=allow_pickle,
         any_adapter_base=any_adapter_base,
+        architecture=architecture,
         device_map=device_map,
         bookmark=Path(out) / LEARNING,
         on_step=on_step,

@@ -44,10 +44,7 @@ def weigh(scores: Scores, policy: Policy, *, temperature: float = TEMPERATURE, s
     """
     if policy not in get_args(Policy):
         raise MergeError(f"unknown policy {policy!r}. Choose one of {', '.join(get_args(Policy))}.")
-    if temperature <= 0:
-        raise MergeError(f"temperature {temperature} has to be above 0; with {policy!r} nothing else is needed.")
-    if not 0 < share <= 1:
-        raise MergeError(f"share {share} is no part of the components. Give one above 0 and at most 1.")
+    check_numbers(temperature, share)
     ranks = {expert: normalized_ranks(own) for expert, own in scores.items()}
     if policy == "top":
         return {expert: _top(own, share) for expert, own in scores.items()}
@@ -62,6 +59,18 @@ def weigh(scores: Scores, policy: Policy, *, temperature: float = TEMPERATURE, s
         }
     owners = {component: _owner(component, ranks, scores) for component in highest}
     return {expert: {one: float(owners[one] == expert) for one in own} for expert, own in ranks.items()}
+
+
+def check_numbers(temperature: float, share: float) -> None:
+    """Check what `weigh` is told.
+
+    Raises:
+        MergeError: a number out of range.
+    """
+    if not 0 < temperature < math.inf:
+        raise MergeError(f"temperature {temperature} gives no coefficients. Give a number above 0, such as 0.25.")
+    if not 0 < share <= 1:
+        raise MergeError(f"share {share} is no part of the components. Give one above 0 and at most 1.")
 
 
 def only(members: Mapping[str, Set[Component]], among: Mapping[str, Sequence[Component]]) -> Weights:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast, get_args
 
@@ -15,10 +15,10 @@ from transformers import PreTrainedModel
 from weightpatch.component import Component, components
 from weightpatch.errors import MergeError
 from weightpatch.merging.coefficients import Coefficients
-from weightpatch.merging.experts import Expert, anchors_of, open_run, read_scores, read_sources, units_of
+from weightpatch.merging.experts import Expert, anchors_of, doubts_of, open_run, read_scores, read_sources, units_of
 from weightpatch.merging.inputs import Inputs, versions
 from weightpatch.merging.learning import Blend, Bookmark, Step, Training, Weights, learn
-from weightpatch.merging.policies import SHARE, TEMPERATURE, Policy, only, weigh
+from weightpatch.merging.policies import SHARE, TEMPERATURE, Policy, check_numbers, only, weigh
 from weightpatch.merging.restoring import Aim, Weighing, aim, restoring, restoring_states
 from weightpatch.residuals import BATCH_TOKENS
 
@@ -64,11 +64,12 @@ class Rule:
     training: Training = field(default_factory=Training)
 
     def __post_init__(self) -> None:
-        """Check the names.
+        """Check names and numbers.
 
         Raises:
-            MergeError: an unknown one, or answers for anchors, which are not read along them.
+            MergeError: an unknown name, a number out of range, or answers for anchors, which are not read along them.
         """
+        check_numbers(self.temperature, self.share)
         for name, value, known in (("policy", self.policy, Choice), ("rest", self.rest, Rest)):
             if value not in get_args(known):
                 raise MergeError(f"unknown {name} {value!r} of a merge. Choose one of {', '.join(get_args(known))}.")
@@ -105,12 +106,14 @@ class Resolved:
         weights: Expert -> component -> coefficient; empty where components play no part.
         unscored: Expert -> components with coefficients that its run says nothing of.
         restored: Every anchor with a gap on held-out prompts, where coefficients were learned.
+        doubts: Expert -> task of its run that has no part in this, or a doubtful one -> why.
     """
 
     coefficients: Coefficients
     weights: Mapping[str, Mapping[Component, float]] = field(default_factory=dict)
     unscored: Mapping[str, tuple[Component, ...]] = field(default_factory=dict)
     restored: tuple[Restored, ...] = ()
+    doubts: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
 
 def resolve(
@@ -141,9 +144,12 @@ def resolve(
     if rule.policy == "uniform":
         return Resolved(coefficients=Coefficients.uniform(inputs.architecture, weights))
     rest = weights if rule.rest == "task-arithmetic" else dict.fromkeys(weights, 0.0)
-    runs = {name: open_run(name, expert, inputs.base.reference) for name, expert in experts.items()}
-    if rule.policy in get_args(Learned):
-        return _learned(
+    prints = inputs.fingerprints()
+    runs = {name: open_run(name, expert, inputs.base.reference, prints) for name, expert in experts.items()}
+    is_learned = rule.policy in get_args(Learned)
+    doubts = {name: doubts_of(run, learned=is_learned) for name, run in runs.items()}
+    if is_learned:
+        found = _learned(
             inputs,
             runs,
             components(inputs.architecture, rule.units or LEARNED_UNITS),
@@ -155,19 +161,21 @@ def resolve(
             bookmark=bookmark,
             on_step=on_step,
         )
+        return replace(found, doubts=doubts)
     chosen = components(inputs.architecture, rule.units or units_of(runs))
     scores = {name: read_scores(run, set(chosen)) for name, run in runs.items()}
     if rule.policy == "sources":
-        found = only(
+        shares = only(
             {name: read_sources(run) for name, run in runs.items()}, {name: [*own] for name, own in scores.items()}
         )
     else:
-        found = weigh(scores, cast("Policy", rule.policy), temperature=rule.temperature, share=rule.share)
-    scaled = {name: {one: weights[name] * share for one, share in own.items()} for name, own in found.items()}
+        shares = weigh(scores, cast("Policy", rule.policy), temperature=rule.temperature, share=rule.share)
+    scaled = {name: {one: weights[name] * share for one, share in own.items()} for name, own in shares.items()}
     return Resolved(
         coefficients=Coefficients.by_component(inputs.architecture, scaled, rest=rest),
         weights=scaled,
         unscored={name: tuple(one for one in chosen if one not in own) for name, own in scaled.items()},
+        doubts=doubts,
     )
 
 
@@ -200,7 +208,7 @@ def _learned(
         )
     kept = None
     if bookmark:
-        key = _key(inputs, learned_from, start, what=what, training=training, batch_tokens=batch_tokens)
+        key = _key(inputs, learned_from, chosen, start, what=what, training=training, batch_tokens=batch_tokens)
         kept = Bookmark(file=bookmark, key=key)
     behind = kept.read() if kept else None
     table = behind.table.to(start.device) if behind else start
@@ -223,7 +231,14 @@ def _learned(
 
 
 def _key(
-    inputs: Inputs, aims: Sequence[Aim], start: Tensor, *, what: Learned, training: Training, batch_tokens: int
+    inputs: Inputs,
+    aims: Sequence[Aim],
+    chosen: Sequence[Component],
+    start: Tensor,
+    *,
+    what: Learned,
+    training: Training,
+    batch_tokens: int,
 ) -> str:
     """Of everything that decides what is learned."""
     digest = hashlib.sha256(start.cpu().numpy().tobytes())
@@ -231,6 +246,7 @@ def _key(
         digest.update(one.anchor.direction.cpu().numpy().tobytes())
     settings = {
         "what": what,
+        "components": [str(one) for one in chosen],
         "training": asdict(training),
         "batch_tokens": batch_tokens,
         "files": inputs.fingerprints(),
@@ -253,9 +269,14 @@ def read_aims(
     the expert's answers.
 
     Raises:
-        MergeError: a run without anchors, or answers without a tokenizer.
+        MergeError: a run without anchors, answers without a tokenizer, or a base that lies on several devices.
     """
     model = inputs.load_base()
+    if len(devices := sorted({str(one.device) for one in model.parameters()})) > 1:
+        raise MergeError(
+            f"coefficients are learned on one device, and the base lies on {', '.join(devices)}. Name one that has "
+            f"room for {len(runs) + 3} models: --device-map cpu, say."
+        )
     learned_from: list[Aim] = []
     held_out: list[Aim] = []
     for name, run in runs.items():

@@ -87,7 +87,7 @@ class Merge:
             on_parameter: Called with the number of parameters that are done, and of all.
 
         Raises:
-            MergeError: a folder with something else in it.
+            MergeError: a folder with something else in it, or weights that are no numbers; what is finished stays.
         """
         folder = Path(out)
         _claim(folder, self._settings())
@@ -105,6 +105,11 @@ class Merge:
                 merged: dict[str, Tensor] = {}
                 for number, name in enumerate(names, done + 1):
                     merged[name] = self.parameter(name, thresholds).to(stored[name])
+                    if not merged[name].isfinite().all():
+                        raise MergeError(
+                            f"{name} would hold NaN or infinite numbers as {stored[name]}: look for some in the "
+                            "checkpoints, or for numbers too large for this type (--dtype float32)."
+                        )
                     if on_parameter:
                         on_parameter(number, len(stored))
                 partial = folder / f"{file}.partial"
@@ -128,9 +133,7 @@ class Merge:
     def matrices(self, name: str) -> Iterator[tuple[Tensor, Iterable[Tensor], Sequence[Tensor]]]:
         """A parameter of the base, differences and coefficients; one by one where it stacks those of a mixture."""
         base = self.inputs.weights(name)
-        changes = (
-            source.tensor(name).to(torch.float32, copy=True).sub_(base) for source in self.inputs.theirs.values()
-        )
+        changes = (self.inputs.change(expert, name, base=base) for expert in self.inputs.theirs)
         coefficients = self.coefficients.tensors[name]
         if base.ndim < 3:
             yield base, changes, coefficients
@@ -236,7 +239,10 @@ def _claim(folder: Path, settings: Mapping[str, Any]) -> None:
     if not note.is_file():
         write_whole(note, json.dumps(settings, indent=1) + "\n")
         return
-    found: dict[str, Any] = json.loads(note.read_text(encoding="utf-8"))
+    try:
+        found: dict[str, Any] = json.loads(note.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise MergeError(f"{note} is damaged ({error}): delete the folder, or name another one.") from error
     wanted: dict[str, Any] = json.loads(json.dumps(settings))
     if differing := [key for key in wanted if found.get(key) != wanted[key]]:
         raise MergeError(f"{folder} holds a merge of another {', '.join(differing)}: name another folder.")
