@@ -273,8 +273,10 @@ def test_the_command_merges_resumes_and_passes_eval(
     assert all(str(one.run) in card for one in experts.values())
     assert "policy soft" in card
     before = {one.name: one.read_bytes() for one in folder.iterdir()}
+    written = (folder / "model.safetensors").stat().st_mtime_ns
     assert run(*told, "--out", str(folder))[0] == 0
     assert {one.name: one.read_bytes() for one in folder.iterdir()} == before
+    assert (folder / "model.safetensors").stat().st_mtime_ns == written
     bare = [text.removesuffix(":0.9") for text in given]
     again = ["merge", BASE, *bare, "--coefficients", str(file), "--any-adapter-base", "--out", str(tmp_path / "again")]
     assert run(*again)[0] == 0

@@ -93,10 +93,9 @@ def test_anchors_are_restored_by_their_squared_distances_in_gaps(
 def test_streams_are_restored_by_their_squared_distances_in_that_of_base_and_expert(
     models: dict[str, PreTrainedModel], aims: list[Aim], batch_tokens: int
 ) -> None:
-    plain = aims[:2]
     experts = {name: weights_of(models[name]) for name in ("one", "two")}
     wanted = 0.0
-    for one in plain:
+    for one in aims:
         layers = range(one.anchor.layer, 4)
         for layer in layers:
             places = [(ids, position) for ids in one.token_ids for position in one.anchor.positions]
@@ -105,10 +104,8 @@ def test_streams_are_restored_by_their_squared_distances_in_that_of_base_and_exp
                 for name in ("merge", one.expert, "base")
             )
             ratio = (merged - theirs).square().sum() / (theirs - ours).square().sum()
-            wanted += float(ratio) / len(layers) / len(plain)
-    losses = restoring_states(
-        models["base"], plain, experts.__getitem__, Weighing(streams=1), batch_tokens=batch_tokens
-    )
+            wanted += share(one) * len(one.base) * float(ratio) / len(layers)
+    losses = restoring_states(models["base"], aims, experts.__getitem__, Weighing(streams=1), batch_tokens=batch_tokens)
     assert (len(losses) == 1) == (batch_tokens == 4096)
     assert sum(float(loss(weights_of(models["merge"]))) for loss in losses) == pytest.approx(wanted, rel=1e-4)
 
@@ -117,10 +114,9 @@ def test_streams_are_restored_by_their_squared_distances_in_that_of_base_and_exp
 def test_outputs_are_restored_by_the_divergence_from_the_experts_next_token(
     models: dict[str, PreTrainedModel], aims: list[Aim], batch_tokens: int
 ) -> None:
-    plain = aims[:2]
     experts = {name: weights_of(models[name]) for name in ("one", "two")}
     wanted = 0.0
-    for one in plain:
+    for one in aims:
         for ids in one.token_ids:
             with torch.no_grad():
                 theirs, merged = (
@@ -129,10 +125,8 @@ def test_outputs_are_restored_by_the_divergence_from_the_experts_next_token(
                 )
             divergence = (theirs.exp() * (theirs - merged)).sum(-1)
             read = [float(divergence[position]) for position in one.anchor.positions]
-            wanted += sum(read) / len(read) / len(one.token_ids) / len(plain)
-    losses = restoring_states(
-        models["base"], plain, experts.__getitem__, Weighing(outputs=1), batch_tokens=batch_tokens
-    )
+            wanted += share(one) * len(one.base) * sum(read) / len(read) / len(one.token_ids)
+    losses = restoring_states(models["base"], aims, experts.__getitem__, Weighing(outputs=1), batch_tokens=batch_tokens)
     assert (len(losses) == 1) == (batch_tokens == 4096)
     assert sum(float(loss(weights_of(models["merge"]))) for loss in losses) == pytest.approx(wanted, rel=1e-4)
 
@@ -145,9 +139,7 @@ def test_both_are_restored_by_their_weighted_sum(
     streams, outputs, both = (
         sum(
             float(loss(weights_of(models["merge"])))
-            for loss in restoring_states(
-                models["base"], aims[:2], experts.__getitem__, weighing, batch_tokens=batch_tokens
-            )
+            for loss in restoring_states(models["base"], aims, experts.__getitem__, weighing, batch_tokens=batch_tokens)
         )
         for weighing in (Weighing(streams=1), Weighing(outputs=1), Weighing(streams=10, outputs=0.5))
     )
