@@ -109,6 +109,17 @@ def test_the_overview_has_each_cases_recovery_and_a_mean_only_where_a_method_has
     ]
 
 
+def test_a_method_is_compared_with_each_other_one_where_a_case_has_both(table: ModuleType) -> None:
+    x, y = (cases(0.6, 0.5, 1, spread=0.1, seed=seed)[0] for seed in (1, 2))
+    lacking = {key: record for key, record in y.items() if record["method"] != "b"}
+    (low, high), difference = table.bootstrap([x], "a", "b"), table.differences([x], "a", "b")[0]
+    assert table.comparison({"x": x, "y": lacking}, "a") == [
+        "| a minus | x | y |",
+        "| --- | --- | --- |",
+        f"| b | {difference:+.3f} ({low:.3f} to {high:.3f}) |  |",
+    ]
+
+
 def test_the_docs_show_what_the_results_on_smollm2_say(table: ModuleType) -> None:
     results = FOLDER / "results" / "smollm2"
     folders = sorted(file.parent for file in results.glob("*/results.jsonl"))
@@ -118,4 +129,27 @@ def test_the_docs_show_what_the_results_on_smollm2_say(table: ModuleType) -> Non
     told = table.page(every, "streams and KL")
     assert written[-len(told) :] == told
     docs = (FOLDER.parent.parent / "docs" / "merging.md").read_text(encoding="utf-8").splitlines()
-    assert [line for line in table.overview(every) if line not in docs] == []
+    shown = told[: told.index(f"## {folders[0].name}")]
+    assert [line for line in shown if line.startswith("|") and line not in docs] == []
+
+
+def test_the_docs_say_of_small_experts_what_those_results_say_that_were_kept(table: ModuleType) -> None:
+    every = [table.read_case(folder) for folder in sorted((FOLDER / "results" / "tiny").iterdir())]
+    assert len(every) == 3
+
+    def told(*values: float) -> list[str]:
+        return [f"{value:.3f}".lstrip("0") for value in values]
+
+    first, second = "streams and KL", "activation-informed"
+    means = {
+        name: np.mean([table.mean_recovery(table.chosen(known, name)["selected"], known) for known in every])
+        for name in (second, "task arithmetic", first)
+    }
+    own = table.differences(every, first, second)
+    informed, arithmetic, learned, more, low, high, least, most = told(
+        *means.values(), own.mean(), *table.bootstrap(every, first, second), *table.student(own)
+    )
+    assert (
+        f"it has {informed}, task arithmetic {arithmetic}, `streams+outputs` {learned}: {more} more ({low} to {high}, "
+        f"Student {least} to {most})"
+    ) in (FOLDER.parent.parent / "docs" / "merging.md").read_text(encoding="utf-8")

@@ -170,6 +170,10 @@ def _signed(value: float) -> str:
     return f"{round(value, 3) + 0.0:+.3f}"  # never -0.000
 
 
+def _plain(value: float) -> str:
+    return f"{round(value, 3) + 0.0:.3f}"
+
+
 def _span(ends: tuple[float, float]) -> str:
     return f"{_signed(ends[0])} to {_signed(ends[1])}"
 
@@ -211,11 +215,28 @@ def overview(cases: Mapping[str, Results]) -> list[str]:
     ]
 
 
+def comparison(cases: Mapping[str, Results], method: str) -> list[str]:
+    """A line for every other method: how much more the method has in each case, and the bootstrap over its problems."""
+    lines = [f"| {method} minus | {' | '.join(cases)} |", f"| --- |{' --- |' * len(cases)}"]
+    for other in dict.fromkeys(one for known in cases.values() for one in names_of([known])):
+        cells = []
+        for known in cases.values():
+            if all(is_whole([known], one) for one in (method, other)):
+                low, high = bootstrap([known], method, other)
+                cells.append(f"{_signed(differences([known], method, other)[0])} ({_plain(low)} to {_plain(high)})")
+            else:
+                cells.append("")
+        if other != method and any(cells):
+            lines.append(f"| {other} | {' | '.join(cells)} |")
+    return lines
+
+
 def page(cases: Mapping[str, Results], method: str) -> list[str]:
-    """Every case by itself, behind all of them in one table."""
+    """All cases in one table, a method against each other one, and every case by itself."""
     lines = ["Mean recovery on test, configurations selected on validation:", "", *overview(cases)]
+    lines += ["", "Differences of these, with 95 % intervals over problems:", "", *comparison(cases, method)]
     for name, known in cases.items():
-        tables = (recovery_table([known]), expert_table(known), difference_table([known], method))
+        tables = (recovery_table([known]), expert_table(known))
         lines += ["", f"## {name}", *(line for one in tables for line in ("", *one))]
     return lines
 
