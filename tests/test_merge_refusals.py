@@ -98,6 +98,8 @@ def test_a_task_without_effects_is_named_and_a_learned_merge_does_not_miss_them(
     doubts = decide(copied, rule=Rule(policy="soft")).resolved.doubts
     assert "left out: " in doubts[first]["title"]
     assert "title" not in doubts[second]
+    rule = Rule(policy="streams", units="mlps", training=Training(n_steps=0))
+    assert "left out" not in decide(copied, rule=rule).resolved.doubts[first].get("title", "")
 
 
 @pytest.mark.parametrize("value", [float("nan"), 1e5])
