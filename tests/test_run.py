@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -17,9 +18,12 @@ import torch
 
 from conftest import build_pair
 from weightpatch import Anchor, ContrastPrompts, ModelPair
+from weightpatch.component import Component
+from weightpatch.effects import ComponentEffect
 from weightpatch.errors import NoGapError, PromptError, RunError, WeightpatchError
 from weightpatch.prompts import SPLITS, ContrastPrompt
-from weightpatch.run import Run, RunConfig, alone, check_folder
+from weightpatch.recording import append_effects, read_effects
+from weightpatch.run import Run, RunConfig, alone, check_folder, settle
 from weightpatch.stages import fit_anchors, measure_effects, start
 
 CONFIG = RunConfig(base="b", specialized="s", units="heads,mlps", layer=2, gates="readout")
@@ -197,6 +201,56 @@ def test_a_damaged_record_is_named_by_its_line(tmp_path: Path) -> None:
     file.write_text("\n".join(lines) + "\n")
     with pytest.raises(RunError, match=r"line 3 of .* is no record"):
         run.effects("title")
+
+
+def test_damaged_notes_and_short_records_are_named_with_what_to_do(tmp_path: Path) -> None:
+    run, _ = measured_run(tmp_path)
+    folder = run.folder("title")
+    reads: dict[str, Callable[[str], object]] = {
+        "reference.json": run.reference,
+        "trace.json": run.trace,
+        "drill.json": run.drill,
+        "screen.json": run.screening,
+        "validation.json": run.validation,
+    }
+    for name, read in reads.items():
+        kept = (folder / name).read_bytes() if (folder / name).is_file() else None
+        (folder / name).write_text('{"half')
+        with pytest.raises(RunError, match=rf"{name} is damaged .* Delete it and repeat the stage"):
+            read("title")
+        (folder / name).unlink() if kept is None else (folder / name).write_bytes(kept)
+    file = folder / "effects.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    lines[1]["effects"].pop()
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(RunError, match=rf"5 effects of {lines[1]['component']} and the run 6 prompts"):
+        run.effects("title")
+
+
+def test_results_whose_settings_are_gone_are_not_taken_for_those_of_others(tmp_path: Path) -> None:
+    run, _ = measured_run(tmp_path)
+    assert not settle(run, "title", "drill", {"budget": 40})
+    (run.folder("title") / "drill.json").write_text("{}")
+    assert settle(run, "title", "drill", {"budget": 40})
+    (run.folder("title") / "drill.settings.json").unlink()
+    with pytest.raises(RunError, match="budget: None then, 77 now"):
+        settle(run, "title", "drill", {"budget": 77})
+
+
+def test_effects_that_are_no_numbers_are_refused_and_those_before_them_kept(tmp_path: Path) -> None:
+    good, bad = (
+        ComponentEffect(component=Component.parse(address), per_prompt=torch.tensor([1.0, value]))
+        for address, value in (("L0.H0", 2.0), ("L0.H1", float("nan")))
+    )
+    file = tmp_path / "effects.jsonl"
+    with pytest.raises(RunError, match=r"the effect of L0.H1 is NaN or infinite"):
+        list(append_effects(file, [good, bad], set()))
+    assert read_effects(file) == {"L0.H0": [1.0, 2.0]}
+
+
+def test_a_negative_seed_is_refused_before_anything_is_measured() -> None:
+    with pytest.raises(ValueError, match="greater than or equal to 0"):
+        RunConfig(base="b", specialized="s", seed=-1)
 
 
 def test_a_task_without_a_gap_says_so_and_the_others_go_on(tmp_path: Path) -> None:

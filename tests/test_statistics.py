@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 
@@ -31,6 +33,8 @@ def test_a_gap_that_could_be_zero_is_an_error_and_not_a_number() -> None:
         recovery(np.ones((1, 4)), np.array([1.0, -1.0, 2.0, -2.0]))
     with pytest.raises(NoGapError):
         check_gap(np.array([0.0]))
+    with pytest.raises(NoGapError, match="1 of 3 prompts read NaN"):
+        check_gap(np.array([1.0, math.nan, 2.0]))
     assert check_gap(np.array([0.5])).estimate == 0.5
 
 

@@ -5,7 +5,7 @@ import json
 import random
 import shutil
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -19,7 +19,7 @@ from weightpatch import ContrastPrompts, ModelPair, cli_run, fit_anchor, localiz
 from weightpatch.behaviour import Answering
 from weightpatch.component import Component, components, encloses
 from weightpatch.curves import CONTROLS, CurveSettings, validate
-from weightpatch.errors import PromptError, RunError
+from weightpatch.errors import NoGapError, PromptError, RunError
 from weightpatch.report import write_report
 from weightpatch.run import Run, RunConfig
 from weightpatch.stability import areas
@@ -225,10 +225,12 @@ def begin(config: RunConfig, pair: ModelPair, folder: Path) -> Run:
 
 @pytest.fixture(scope="module")
 def measured(pair: ModelPair, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A run with effects, and effects by activation patching of its heads alone: the higher the index, the higher."""
+    """A run with effects, and effects by activation patching: of its heads the higher the index, the higher."""
     run = begin(CONFIG, pair, tmp_path_factory.mktemp("measured") / "run")
-    heads = [one for one in run.effects(TASK).components if one.unit == "heads"]
-    lines = [json.dumps({"component": str(one), "effects": [float(place)] * 6}) for place, one in enumerate(heads)]
+    lines = [
+        json.dumps({"component": str(one), "effects": [float(place) if one.unit == "heads" else 0.0] * 6})
+        for place, one in enumerate(run.effects(TASK).components)
+    ]
     (run.folder(TASK) / "activation.jsonl").write_text("\n".join(lines) + "\n")
     return run
 
@@ -289,11 +291,14 @@ def test_the_activation_arm_follows_its_file(done: Run, measured: Run, pair: Mod
         assert found == set(heads[::-sign][:count])
     assert any(units(patch_of(done, "top", k))["heads"] for k in (4, 9))
     without = Run.open(shutil.copytree(measured.path, tmp_path / "without"))
-    (without.folder(TASK) / "activation.jsonl").unlink()
+    traced = measured.folder(TASK) / "activation.jsonl"
+    for part in ("", "".join(traced.read_text().splitlines(keepends=True)[:-1])):
+        (without.folder(TASK) / "activation.jsonl").write_text(part)  # not traced, or not to the end
+        (without.folder(TASK) / "validation.json").unlink(missing_ok=True)
+        list(validate(without, pair, CurveSettings(shares=(0.1,), n_prompts=2, recipients=("base",), answers="none")))
+        assert "activation" not in {point["arm"] for point in without.validation(TASK)["points"]}
     few = CurveSettings(shares=(0.1,), n_prompts=2, recipients=("base",), answers="none")
-    list(validate(without, pair, few))
-    assert "activation" not in {point["arm"] for point in without.validation(TASK)["points"]}
-    shutil.copy(measured.folder(TASK) / "activation.jsonl", without.folder(TASK))
+    shutil.copy(traced, without.folder(TASK))
     assert [step.done for step in validate(without, pair, few)] == [6, 7]  # traced later: only that arm is measured
     assert without.validation(TASK)["points"][-1]["arm"] == "activation"
 
@@ -393,6 +398,49 @@ def test_other_settings_and_another_ranking_are_refused(done: Run, pair: ModelPa
     (run.folder(TASK) / "activation.jsonl").write_text("".join(json.dumps(line) + "\n" for line in swapped))
     with pytest.raises(RunError, match="another ranking"):
         list(validate(run, pair, SETTINGS))
+
+
+def test_effects_that_are_missing_or_others_are_no_ranking(done: Run, pair: ModelPair, tmp_path: Path) -> None:
+    run = Run.open(shutil.copytree(done.path, tmp_path / "run"))
+    file = run.folder(TASK) / "effects.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(lines[:-1]))
+    with pytest.raises(RunError, match=r"1 effects of 'sections' are missing: weightpatch localize"):
+        list(validate(run, pair, SETTINGS))
+    file.write_text("".join([*lines[1:], lines[0]]))
+    with pytest.raises(RunError, match=r"other settings \(effects.jsonl: "):
+        list(validate(run, pair, SETTINGS))
+
+
+def test_a_task_without_a_gap_on_its_split_leaves_the_others_to_be_validated(
+    measured: Run, pair: ModelPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run.open(shutil.copytree(measured.path, tmp_path / "run"))
+    few = CurveSettings(shares=(0.1,), n_prompts=2, recipients=("base",), controls=(), answers="none")
+
+    def none(*_args: object, **_how: object) -> None:
+        raise NoGapError("no gap on two prompts")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("weightpatch.curves.check_gap", none)
+        patch.setattr(Run, "chosen", lambda _run, _names: (TASK, TASK))
+        with pytest.raises(NoGapError, match=f"{TASK}: no gap on two prompts {TASK}: no gap"):
+            list(validate(run, pair, few))
+    assert run.validation(TASK)["points"] == []
+
+
+def test_what_was_found_before_a_validation_failed_is_reported(
+    measured: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_args: object) -> Iterator[object]:
+        raise NoGapError("no gap here")
+        yield
+
+    monkeypatch.setattr("weightpatch.curves.validate", fail)
+    run = Run.open(shutil.copytree(measured.path, tmp_path / "run"))
+    with pytest.raises(NoGapError, match="no gap here"):
+        cli_run.do_stages(run.config, run.path, stages=("validate", "report"), as_json=True, resumed=True)
+    assert "sections" in run.report.read_text()
 
 
 def test_unknown_controls_are_refused_with_the_choices() -> None:

@@ -27,6 +27,7 @@ from weightpatch.cli_options import (
     Units,
     quiet,
 )
+from weightpatch.errors import WeightpatchError
 from weightpatch.terminal import (
     draw,
     print_drill,
@@ -86,7 +87,7 @@ def run(
     batch_tokens: Annotated[
         int | None, typer.Option(min=1, help="Most tokens of one forward call; else as many as suit model and device.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of splits, choice of prompts and bootstrap.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of splits, choice of prompts and bootstrap.")] = 0,
     until: Annotated[str, typer.Option(help="Stop after this stage: anchor, localize or report.")] = "report",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what it would take (memory, passes, time); load and write nothing.")
@@ -367,6 +368,7 @@ def do_stages(
     quiet()
     from weightpatch.pair import ModelPair
     from weightpatch.prompts import ContrastPrompts
+    from weightpatch.report import write_report
     from weightpatch.run import Run, alone, check_folder
     from weightpatch.stages import fit_anchors, measure_effects, start
 
@@ -388,6 +390,7 @@ def do_stages(
         )
     if config.response_tokens and not resumed:
         prompts = _with_responses(config, pair, prompts, out)
+    stages = list(stages)
     with alone(out):
         opened = start(config, pair, prompts, out)
         for stage in stages:
@@ -405,10 +408,13 @@ def do_stages(
                 from weightpatch.curves import CurveSettings
                 from weightpatch.curves import validate as work
 
-                draw(work(opened, pair, CurveSettings()))
+                try:
+                    draw(work(opened, pair, CurveSettings()))
+                except WeightpatchError:
+                    if "report" in stages:  # whatever was found before stays to be read
+                        write_report(opened)
+                    raise
             else:
-                from weightpatch.report import write_report
-
                 write_report(opened)
     show(opened, as_json=as_json)
 

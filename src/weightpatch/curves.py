@@ -14,7 +14,8 @@ import pandas as pd
 
 from weightpatch.behaviour import MAX_NEW_TOKENS, Answering, can_judge
 from weightpatch.component import Component, encloses
-from weightpatch.errors import RunError
+from weightpatch.engine.activations import has_output
+from weightpatch.errors import NoGapError, RunError
 from weightpatch.files import write_whole
 from weightpatch.jsonable import known
 from weightpatch.pair import ModelPair
@@ -24,7 +25,7 @@ from weightpatch.recording import read_effects
 from weightpatch.robustness import robustness
 from weightpatch.run import Progress, Run
 from weightpatch.stability import areas
-from weightpatch.statistics import orientation
+from weightpatch.statistics import check_gap, orientation
 from weightpatch.validation import (
     SHARES,
     JointPatch,
@@ -110,11 +111,15 @@ def validate(run: Run, pair: ModelPair, settings: CurveSettings, *, tasks: Seque
         tasks: Which tasks; none named: all.
 
     Raises:
-        RunError: a validation with other settings is there, or of a ranking that was another one.
+        RunError: a validation with other settings or of other effects is there, or effects are missing.
+        NoGapError: in some task the models do not differ on the prompts of the split; the others are done first.
     """
+    failures = []
     for task in run.chosen(tasks):
         if run.failure(task):
             continue
+        if settings.ranking == "effects" and (n_missing := run.n_missing(task)):
+            raise RunError(f"{n_missing} effects of {task!r} are missing: weightpatch localize {run.path}")
         file = run.folder(task) / "validation.json"
         found = run.validation(task)
         wanted = _settings(run, task, settings)
@@ -128,22 +133,30 @@ def validate(run: Run, pair: ModelPair, settings: CurveSettings, *, tasks: Seque
             raise RunError(f"{file} holds sets by another ranking: effects changed since. Delete the file to go on.")
         yield Progress(stage="validate", task=task, done=len(known), total=len(points))
         missing = [point for point in points if point.key not in known]
-        for done, point, measured in _measure(run, pair, task, missing, settings):
-            record["points"].append(_line(point, measured))
-            write_whole(file, json.dumps(record, indent=1, allow_nan=False) + "\n")
-            yield Progress(stage="validate", task=task, done=len(known) + done, total=len(points))
+        try:
+            for done, point, measured in _measure(run, pair, task, missing, settings):
+                record["points"].append(_line(point, measured))
+                write_whole(file, json.dumps(record, indent=1, allow_nan=False) + "\n")
+                yield Progress(stage="validate", task=task, done=len(known) + done, total=len(points))
+        except NoGapError as error:
+            failures.append(f"{task}: {error}")
+            continue
         if missing or "stability" not in found:
             record["areas"] = _areas(record["points"])
             has_effects = bool(read_effects(run.folder(task) / "effects.jsonl"))
             record["stability"] = found.get("stability") or (robustness(run, pair, task) if has_effects else None)
             write_whole(file, json.dumps(record, indent=1, allow_nan=False) + "\n")
+    if failures:
+        raise NoGapError(" ".join(failures))
 
 
 def _settings(run: Run, task: str, settings: CurveSettings) -> dict[str, Any]:
-    """Settings as JSON gives them back, with a digest of the screening that is followed."""
+    """Settings as JSON gives them back, with digests of the anchor and of the effects or the screening followed."""
     wanted: dict[str, Any] = json.loads(json.dumps(asdict(settings)))
-    if settings.ranking == "screen" and (table := run.folder(task) / "screen.parquet").is_file():
-        wanted["screening"] = hashlib.sha256(table.read_bytes()).hexdigest()[:12]
+    followed = {"effects": "effects.jsonl", "screen": "screen.parquet"}[settings.ranking]
+    for name in ("anchor.safetensors", followed):
+        if (file := run.folder(task) / name).is_file():
+            wanted[name] = hashlib.sha256(file.read_bytes()).hexdigest()[:12]
     return wanted
 
 
@@ -170,6 +183,7 @@ def _measure(
     if settings.answers != "none" and can_judge(pair, prompts):
         answering = Answering(max_new_tokens=settings.max_new_tokens)
     references = read_references(pair, prompts, run.anchor(task), batch_tokens=run.pass_tokens)
+    check_gap((references.specialized - references.base).numpy(), groups=[row.query for row in prompts])
     for number, point in enumerate(points, 1):
         measured = measure_patch(
             pair,
@@ -209,7 +223,8 @@ def _orders(
     found: dict[str, Sequence[Component]] = {}
     if "largest differences" in settings.controls:
         found["largest differences"] = by_difference(pair, ranked)
-    if "activation" in settings.controls and (lines := read_effects(run.folder(task) / "activation.jsonl")):
+    lines = read_effects(run.folder(task) / "activation.jsonl")  # layer by layer, so a part of it ranks nothing
+    if "activation" in settings.controls and lines and all(str(one) in lines for one in ranked if has_output(one)):
         readouts = run.reference(task)
         sign = orientation(np.subtract(readouts["specialized"], readouts["base"]))
         found["activation"] = by_effects(ranked, lines, sign=sign, seed=run.config.seed)

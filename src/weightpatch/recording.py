@@ -51,12 +51,17 @@ def append_effects(file: Path, found: Iterable[ComponentEffect], known: set[str]
         file: Such as `effects.jsonl`.
         found: From `sweep`.
         known: Addresses in it; takes up the new ones.
+
+    Raises:
+        RunError: an effect that is no number; those before it are kept.
     """
     with file.open("a", encoding="utf-8") as out:
         for effect in found:
             address = str(effect.component)
             if address in known:
                 continue
+            if not bool(effect.per_prompt.isfinite().all()):
+                raise RunError(f"the effect of {address} is NaN or infinite. Run in float32 or bfloat16 (--dtype).")
             record: dict[str, object] = {"component": address, "effects": effect.per_prompt.tolist()}
             if effect.per_target is not None:
                 record["delivered"] = [round(value, 9) for value in effect.per_target.mean(dim=1).tolist()]

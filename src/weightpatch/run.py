@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from filelock import FileLock, Timeout
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from weightpatch.anchor import Anchor, Readout
 from weightpatch.behaviour import MAX_NEW_TOKENS
@@ -85,7 +85,7 @@ class RunConfig(BaseModel):
     engine: Engine = "suffix"
     n_queries: int = 24
     batch_tokens: int | None = None
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
 
     @property
     def readout_positions(self) -> tuple[int, ...]:
@@ -189,6 +189,11 @@ class Run:
         lines = read_effects(self.folder(task) / "effects.jsonl")
         if not lines:
             raise RunError(f"{self.path} has no effects of {task!r}: {found['failure'] or 'not measured yet'}")
+        if odd := next((one for one, own in lines.items() if len(own) != len(found["prompts"])), None):
+            raise RunError(
+                f"{self.folder(task) / 'effects.jsonl'} has {len(lines[odd])} effects of {odd} and the run "
+                f"{len(found['prompts'])} prompts. Delete its line, and go on: weightpatch localize {self.path}"
+            )
         return Effects(
             components=tuple(Component.parse(address) for address in lines),
             per_prompt=torch.tensor(list(lines.values()), dtype=torch.float64),
@@ -211,20 +216,17 @@ class Run:
     def validation(self, task: str) -> dict[str, Any]:
         """`validation.json` of a task as it is; without points where nothing was validated."""
         file = self.folder(task) / "validation.json"
-        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"points": []}
-        return found
+        return _read_json(file) if file.is_file() else {"points": []}
 
     def drill(self, task: str) -> dict[str, Any] | None:
         """`drill.json` of a task as it is; None where nothing was drilled."""
         file = self.folder(task) / "drill.json"
-        found: dict[str, Any] | None = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
-        return found
+        return _read_json(file) if file.is_file() else None
 
     def trace(self, task: str) -> dict[str, Any] | None:
         """`trace.json` of a task as it is; None where nothing was traced."""
         file = self.folder(task) / "trace.json"
-        found: dict[str, Any] | None = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
-        return found
+        return _read_json(file) if file.is_file() else None
 
     def roles(self, task: str) -> pd.DataFrame | None:
         """`roles.parquet` of a task: `Hierarchy.table`; None where nothing was traced."""
@@ -251,8 +253,7 @@ class Run:
     def screening(self, task: str) -> dict[str, Any] | None:
         """`screen.json` of a task as it is; None where nothing was screened."""
         file = self.folder(task) / "screen.json"
-        found: dict[str, Any] | None = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
-        return found
+        return _read_json(file) if file.is_file() else None
 
     def screen_table(self, task: str) -> pd.DataFrame:
         """`screen.parquet` of a task: what `Screening.table` returns, with recovery by span in columns `span.<name>`.
@@ -288,13 +289,23 @@ class Run:
         """
         if task not in self.tasks:
             raise RunError(f"{self.path} has no task {task!r}. Its tasks: {', '.join(self.tasks)}.")
-        try:
-            found: dict[str, Any] = json.loads((self.folder(task) / "reference.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise RunError(
-                f"{self.path} has no measurements of {task!r} yet. Go on: weightpatch localize {self.path}"
-            ) from error
-        return found
+        file = self.folder(task) / "reference.json"
+        if not file.is_file():
+            raise RunError(f"{self.path} has no measurements of {task!r} yet. Go on: weightpatch localize {self.path}")
+        return _read_json(file)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    """What a stage noted.
+
+    Raises:
+        RunError: the file is damaged.
+    """
+    try:
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{file} is damaged ({error}). Delete it and repeat the stage that wrote it.") from error
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -381,8 +392,8 @@ def settle(run: Run, task: str, stage: str, settings: dict[str, Any], *, results
     file = run.folder(task) / f"{stage}.settings.json"
     names = (f"{stage}.jsonl", f"{stage}.json", *results)
     found = [run.folder(task) / name for name in names]
-    if file.is_file() and any(result.is_file() and result.stat().st_size for result in found):
-        then = json.loads(file.read_text(encoding="utf-8"))
+    if any(result.is_file() and result.stat().st_size for result in found):
+        then = _read_json(file) if file.is_file() else {}
         changes = [
             f"{name}: {then.get(name)!r} then, {wanted.get(name)!r} now"
             for name in {**then, **wanted}

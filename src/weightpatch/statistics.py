@@ -80,8 +80,13 @@ def check_gap(gap: Floats, *, groups: Sequence[str] | None = None) -> Interval:
         groups: As in `mean_interval`.
 
     Raises:
-        NoGapError: the interval contains 0, or the gap of a single prompt is 0.
+        NoGapError: the interval contains 0, the gap of a single prompt is 0, or a readout is no number.
     """
+    if odd := int((~np.isfinite(gap)).sum()):
+        raise NoGapError(
+            f"{odd} of {len(gap)} prompts read NaN or infinite numbers, so there is no gap. Run in float32 or bfloat16 "
+            "(--dtype)."
+        )
     interval = mean_interval(gap, groups=groups)
     if (interval.contains_zero and not np.isnan(interval.low)) or interval.estimate == 0:
         raise NoGapError(
