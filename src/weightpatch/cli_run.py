@@ -368,7 +368,6 @@ def do_stages(
     quiet()
     from weightpatch.pair import ModelPair
     from weightpatch.prompts import ContrastPrompts
-    from weightpatch.report import write_report
     from weightpatch.run import Run, alone, check_folder
     from weightpatch.stages import fit_anchors, measure_effects, start
 
@@ -412,11 +411,17 @@ def do_stages(
                     draw(work(opened, pair, CurveSettings()))
                 except WeightpatchError:
                     if "report" in stages:  # whatever was found before stays to be read
-                        write_report(opened)
+                        _report(opened)
                     raise
             else:
-                write_report(opened)
+                _report(opened)
     show(opened, as_json=as_json)
+
+
+def _report(run: Run) -> None:
+    from weightpatch.report import write_report  # takes a second
+
+    write_report(run)
 
 
 def _print_plan(config: RunConfig, loading: Loading, *, as_json: bool) -> None:
