@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from conftest import SHAPES, build_model
+from conftest import EVERY_SHAPE, build_model
 from weightpatch import ModelPair, patched
 from weightpatch.arithmetic import word_problems
 from weightpatch.errors import PromptError
@@ -155,7 +155,7 @@ def splitting_end(answers: list[tuple[int, ...]]) -> int:
     return next(token for token in sorted(set.union(*soon)) if 0 < sum(token in own for own in soon) < len(soon))
 
 
-@pytest.mark.parametrize("shape", list(SHAPES))
+@pytest.mark.parametrize("shape", EVERY_SHAPE)
 def test_answers_are_the_same_when_others_beside_them_end_earlier(shape: str) -> None:
     model = build_model(shape, seed=1)
     whole = endless(model)

@@ -37,7 +37,9 @@ def test_learned_coefficients_restore_held_out_anchors_better_than_equal_ones(le
     assert after < before / 2
 
 
-@pytest.mark.parametrize("policy", ["streams", "outputs", "streams+outputs"])
+@pytest.mark.parametrize(
+    "policy", [*(pytest.param(one, marks=pytest.mark.slow) for one in ("streams", "outputs")), "streams+outputs"]
+)
 def test_restored_streams_and_outputs_restore_held_out_anchors_that_they_were_not_learned_from(
     policy: Choice, experts: dict[str, Expert]
 ) -> None:
