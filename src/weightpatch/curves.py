@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -16,7 +15,7 @@ from weightpatch.behaviour import MAX_NEW_TOKENS, Answering, can_judge
 from weightpatch.component import Component, encloses
 from weightpatch.engine.activations import has_output
 from weightpatch.errors import NoGapError, RunError
-from weightpatch.files import write_whole
+from weightpatch.files import file_digest, write_whole
 from weightpatch.jsonable import known
 from weightpatch.pair import ModelPair
 from weightpatch.patch import Recipient
@@ -118,8 +117,8 @@ def validate(run: Run, pair: ModelPair, settings: CurveSettings, *, tasks: Seque
     for task in run.chosen(tasks):
         if run.failure(task):
             continue
-        if settings.ranking == "effects" and (n_missing := run.n_missing(task)):
-            raise RunError(f"{n_missing} effects of {task!r} are missing: weightpatch localize {run.path}")
+        if settings.ranking == "effects":
+            run.check_measured(task)
         file = run.folder(task) / "validation.json"
         found = run.validation(task)
         wanted = _settings(run, task, settings)
@@ -156,7 +155,7 @@ def _settings(run: Run, task: str, settings: CurveSettings) -> dict[str, Any]:
     followed = {"effects": "effects.jsonl", "screen": "screen.parquet"}[settings.ranking]
     for name in ("anchor.safetensors", followed):
         if (file := run.folder(task) / name).is_file():
-            wanted[name] = hashlib.sha256(file.read_bytes()).hexdigest()[:12]
+            wanted[name] = file_digest(file)[:12]
     return wanted
 
 
@@ -223,8 +222,9 @@ def _orders(
     found: dict[str, Sequence[Component]] = {}
     if "largest differences" in settings.controls:
         found["largest differences"] = by_difference(pair, ranked)
-    lines = read_effects(run.folder(task) / "activation.jsonl")  # layer by layer, so a part of it ranks nothing
-    if "activation" in settings.controls and lines and all(str(one) in lines for one in ranked if has_output(one)):
+    wanted = "activation" in settings.controls
+    lines = read_effects(run.folder(task) / "activation.jsonl") if wanted else {}
+    if lines and all(str(one) in lines for one in ranked if has_output(one)):  # it goes layer by layer: no part ranks
         readouts = run.reference(task)
         sign = orientation(np.subtract(readouts["specialized"], readouts["base"]))
         found["activation"] = by_effects(ranked, lines, sign=sign, seed=run.config.seed)

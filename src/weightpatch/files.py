@@ -17,6 +17,11 @@ def write_whole(file: Path, text: str) -> None:
     partial.replace(file)
 
 
+def file_digest(file: Path) -> str:
+    """SHA-256 of a file that is small enough to be read whole."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
 def fingerprint(checkpoint: Path) -> str:
     """Tells whether a checkpoint's weights are still those of before, without reading all of them.
 

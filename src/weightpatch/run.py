@@ -22,7 +22,6 @@ tasks/<task>/trace.json, .graphml  the graph: who supplies whom
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -41,7 +40,7 @@ from weightpatch.component import Component
 from weightpatch.derivation import Rows
 from weightpatch.effects import Effects
 from weightpatch.errors import RunError
-from weightpatch.files import write_whole
+from weightpatch.files import file_digest, write_whole
 from weightpatch.localization import Engine, Method
 from weightpatch.prompts import ContrastPrompts
 from weightpatch.recording import read_delivered, read_effects
@@ -281,6 +280,15 @@ class Run:
         planned = self.reference(task)["planned"]
         return len(planned) - len(read_effects(self.folder(task) / "effects.jsonl"))
 
+    def check_measured(self, task: str) -> None:
+        """Check that all planned effects of a task are there.
+
+        Raises:
+            RunError: some are missing, or its measurement was not begun.
+        """
+        if n_missing := self.n_missing(task):
+            raise RunError(f"{n_missing} effects of {task!r} are missing: weightpatch localize {self.path}")
+
     def reference(self, task: str) -> dict[str, Any]:
         """`reference.json` of a task as it is.
 
@@ -387,8 +395,8 @@ def settle(run: Run, task: str, stage: str, settings: dict[str, Any], *, results
     Raises:
         RunError: it was begun with other settings.
     """
-    anchor = (run.folder(task) / "anchor.safetensors").read_bytes()
-    wanted = json.loads(json.dumps(settings)) | {"anchor": hashlib.sha256(anchor).hexdigest()[:12]}
+    anchor = file_digest(run.folder(task) / "anchor.safetensors")[:12]
+    wanted = json.loads(json.dumps(settings)) | {"anchor": anchor}
     file = run.folder(task) / f"{stage}.settings.json"
     names = (f"{stage}.jsonl", f"{stage}.json", *results)
     found = [run.folder(task) / name for name in names]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from weightpatch.behaviour import Answering, Bench, can_judge
 from weightpatch.component import components
 from weightpatch.difference import weight_differences
 from weightpatch.errors import NoGapError, RunError
-from weightpatch.files import write_whole
+from weightpatch.files import file_digest, write_whole
 from weightpatch.fitting import Gates, fit_anchor, halves
 from weightpatch.localization import ALL_TARGETS, deliver, plan, sweep, targets_of
 from weightpatch.pair import ModelPair, check_prompts
@@ -203,7 +202,7 @@ def measure_effects(run: Run, pair: ModelPair) -> Iterator[Progress]:
         if not (run.folder(task) / "reference.json").is_file():
             base, specialized = reference(pair, prompts, anchor, batch_tokens=run.pass_tokens)
             about: dict[str, object] = {
-                "anchor": _file_digest(run.folder(task) / "anchor.safetensors"),
+                "anchor": file_digest(run.folder(task) / "anchor.safetensors"),
                 "prompts": [row.id for row in prompts],
                 "queries": [row.query for row in prompts],
                 "base": base.tolist(),
@@ -263,7 +262,7 @@ def _check_measured(run: Run, task: str, lines: dict[str, list[float]]) -> None:
     """
     found = run.reference(task)
     file = run.folder(task) / "effects.jsonl"
-    if found["anchor"] != _file_digest(run.folder(task) / "anchor.safetensors"):
+    if found["anchor"] != file_digest(run.folder(task) / "anchor.safetensors"):
         raise RunError(
             f"the anchor of {task!r} changed since its effects were begun. Delete {file.parent} to start anew."
         )
@@ -273,10 +272,6 @@ def _check_measured(run: Run, task: str, lines: dict[str, list[float]]) -> None:
                 f"{file} holds {len(effects)} effects of {address}, which is not what this run measures "
                 f"({len(found['prompts'])} prompts, {len(found['planned'])} components). Delete it to measure again."
             )
-
-
-def _file_digest(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _write_parquet(run: Run, task: str) -> None:

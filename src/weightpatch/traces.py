@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -20,7 +19,7 @@ from weightpatch.engine.activations import has_output
 from weightpatch.engine.edges import Receives
 from weightpatch.errors import NoGapError, RunError
 from weightpatch.executors import Executors, find_executors
-from weightpatch.files import write_whole
+from weightpatch.files import file_digest, write_whole
 from weightpatch.hierarchy import Hierarchy, Suspects, find_roles, find_suspects
 from weightpatch.jsonable import finite, known
 from weightpatch.localization import Method, plan, sweep, targets_of
@@ -92,10 +91,9 @@ def trace_run(run: Run, pair: ModelPair, settings: TraceStage, *, tasks: Sequenc
         if run.failure(task):
             continue
         anchor = run.anchor(task)
-        if run.n_missing(task):
-            raise RunError(f"{run.n_missing(task)} effects of {task!r} are missing: weightpatch localize {run.path}")
+        run.check_measured(task)
         folder = run.folder(task)
-        digest = hashlib.sha256((folder / "effects.jsonl").read_bytes()).hexdigest()[:12]
+        digest = file_digest(folder / "effects.jsonl")[:12]
         if run.config.method not in ("exact", "first-order"):
             raise RunError(f"{run.path} holds effects by {run.config.method}; roles need those of weights.")
         own_files = ("activation.jsonl", "null.jsonl", "plain.json", "executors.json")
